@@ -1,0 +1,32 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`tie`: several names become one parameter. Saves the bytes of all but one; compute stays."""
+
+from __future__ import annotations
+
+from torch import nn
+
+from featherweight.edits.find import find_tensor
+from featherweight.errors import EditError
+from featherweight.plan import Tie
+
+__all__ = ["apply_tie"]
+
+
+def apply_tie(model: nn.Module, edit: Tie) -> None:
+    found = [find_tensor(model, name) for name in edit.names]
+    if len(set(edit.names)) < 2 or len(set(edit.names)) != len(edit.names):
+        raise EditError(f"tie needs two or more different names; got {', '.join(edit.names)}.")
+    _, _, first = found[0]
+    for name, (_, _, tensor) in zip(edit.names, found, strict=True):
+        if not isinstance(tensor, nn.Parameter):
+            raise EditError(f"{name} is a buffer; tie takes parameters.")
+        if (tensor.shape, tensor.dtype) != (first.shape, first.dtype):
+            raise EditError(
+                f"{name} is {tuple(tensor.shape)} {tensor.dtype}, but {edit.names[0]} is {tuple(first.shape)} {first.dtype}."
+            )
+    # Whoever else holds one of the tied tensors follows, so that a tie that was there stays.
+    tied = {id(tensor) for _, _, tensor in found}
+    for module in model.modules():
+        for leaf, parameter in module._parameters.items():
+            if parameter is not None and id(parameter) in tied:
+                module._parameters[leaf] = first  # type: ignore[assignment]

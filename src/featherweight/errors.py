@@ -1,0 +1,115 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Every error that featherweight raises on purpose, and the one gate to optional packages.
+
+A message names the layer or file, says what happened, what was done instead and what to type next.
+All derive from `FeatherweightError`, a `ValueError`; `exit_code` is what the command line returns.
+"""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+from collections.abc import Iterable
+from types import ModuleType
+
+__all__ = [
+    "ArtefactError",
+    "BudgetNotMet",
+    "DataError",
+    "EditError",
+    "ExportError",
+    "FeatherweightError",
+    "MissingExtra",
+    "NothingToCompress",
+    "NumericalError",
+    "OptionError",
+    "ParityError",
+    "RecipeError",
+    "nearest",
+    "require",
+]
+
+
+class FeatherweightError(ValueError):
+    """The root: `except FeatherweightError` catches every error that is the user's to mend."""
+
+    exit_code = 2
+
+
+class OptionError(FeatherweightError):
+    """An option is outside its range, or two options contradict each other."""
+
+
+class NothingToCompress(FeatherweightError):
+    """A selection matched no layer, or rules kept every matched layer as it is."""
+
+
+class DataError(FeatherweightError):
+    """A loader or batch that cannot be used: empty, one-shot, or of the wrong shape."""
+
+
+class NumericalError(FeatherweightError):
+    """NaN or infinity where a number is needed: weights, loss or importance."""
+
+
+class RecipeError(FeatherweightError):
+    """A recipe file that cannot be read as one; names file, line and key."""
+
+
+class EditError(FeatherweightError):
+    """A structural edit that does not fit the model; the model is left as it was."""
+
+
+class ArtefactError(FeatherweightError):
+    """A folder or file that is missing, damaged, foreign, in use or not writable."""
+
+
+class ExportError(FeatherweightError):
+    """The model could not be exported; everything else is still delivered."""
+
+    exit_code = 4
+
+
+class ParityError(FeatherweightError):
+    """An exported or reloaded model does not answer as the PyTorch model does."""
+
+    exit_code = 4
+
+
+class BudgetNotMet(FeatherweightError):
+    """No state met the budget; the best one found is still written."""
+
+    exit_code = 3
+
+
+class MissingExtra(FeatherweightError, ImportError):
+    """An optional package is not installed; the message is the command that installs it."""
+
+    exit_code = 5
+
+
+def require(module: str, extra: str) -> ModuleType:
+    """Imports an optional package, or says which extra brings it.
+
+    >>> require("json", extra="onnx").__name__
+    'json'
+    """
+    try:
+        return importlib.import_module(module)
+    except ImportError as error:
+        # A package that is there but broken (a missing shared library, say) is not a missing extra.
+        if (
+            not isinstance(error, ModuleNotFoundError)
+            or (error.name or "").partition(".")[0] != module.partition(".")[0]
+        ):
+            raise
+        raise MissingExtra(f'{module} is not installed. Run: pip install "featherweight[{extra}]"') from None
+
+
+def nearest(wrong: str, known: Iterable[str], n: int = 3) -> list[str]:
+    """The known names that look most like `wrong`, best first.
+
+    >>> nearest("sparsty", ["sparsity", "schedule", "begin"], n=1)
+    ['sparsity']
+    """
+    return difflib.get_close_matches(wrong, list(known), n=n, cutoff=0.3)

@@ -1,0 +1,20 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Layers as matrices: which tensors of a model are weights, how each reads as rows x columns, and in which order they run."""
+
+from featherweight.layers.order import call_order
+from featherweight.layers.select import matches, select
+from featherweight.layers.weights import Weight, from_matrix, to_matrix, weights
+from featherweight.layers.zeros import Zeros, existing_zeros, unwrap
+
+__all__ = [
+    "Weight",
+    "Zeros",
+    "call_order",
+    "existing_zeros",
+    "from_matrix",
+    "matches",
+    "select",
+    "to_matrix",
+    "unwrap",
+    "weights",
+]

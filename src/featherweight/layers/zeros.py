@@ -1,0 +1,120 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Masks are zeros: entries of parameters that stay zero while any optimizer trains the rest.
+
+No parametrization and no buffer: state-dict keys, ties, `deepcopy`, export, `torch.compile` and DDP work as before,
+because a pruned weight *is* zero. A hook on the tensor masks its gradient; after each optimizer step the zeros are put
+back, and the optimizer's per-entry state (momentum, second moments) is cleared where they are.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from featherweight.layers.weights import Weight, weights
+
+__all__ = ["Zeros", "existing_zeros", "unwrap"]
+
+
+def unwrap(model: nn.Module) -> nn.Module:
+    """The user's own module inside DistributedDataParallel, DataParallel and `torch.compile`, in any nesting."""
+    while True:
+        inner = getattr(model, "_orig_mod", None)
+        if inner is None and isinstance(model, nn.parallel.DistributedDataParallel | nn.DataParallel):
+            inner = model.module
+        if not isinstance(inner, nn.Module):
+            return model
+        model = inner
+
+
+class Zeros:
+    """The entries that are held at zero, by parameter identity: a tied parameter is one.
+
+    `optimizer` may be None (then nothing but weights and gradients is held). Cost of `enforce`: one pass over the held
+    parameters and over each state tensor of their shape; no copy.
+    """
+
+    def __init__(self, optimizer: torch.optim.Optimizer | None = None) -> None:
+        self.optimizer = optimizer
+        self._pruned: dict[int, tuple[nn.Parameter, Tensor]] = {}
+        self._hooks: dict[int, Any] = {}
+
+    def hold(self, parameter: nn.Parameter, pruned: Tensor) -> None:
+        """Holds the entries where `pruned` (bool, the parameter's shape) is True at zero, instead of any held before."""
+        key = id(parameter)
+        self._pruned[key] = (parameter, pruned)
+        if key not in self._hooks and parameter.requires_grad:
+            self._hooks[key] = parameter.register_hook(  # type: ignore[no-untyped-call]
+                lambda gradient: self._mask_gradient(key, gradient)
+            )
+        self._enforce(parameter, pruned)
+
+    def pruned(self, parameter: nn.Parameter) -> Tensor | None:
+        """What is held of this parameter, or None."""
+        held = self._pruned.get(id(parameter))
+        return None if held is None else held[1]
+
+    def __iter__(self) -> Iterator[tuple[nn.Parameter, Tensor]]:
+        return iter(self._pruned.values())
+
+    def __len__(self) -> int:
+        return len(self._pruned)
+
+    def enforce(self) -> None:
+        """Puts zeros back into weights and optimizer state. Call it after each optimizer step."""
+        for key, (parameter, pruned) in self._pruned.items():
+            if pruned.device != parameter.device:  # the model was moved after the mask was made
+                pruned = pruned.to(parameter.device)
+                self._pruned[key] = (parameter, pruned)
+            self._enforce(parameter, pruned)
+
+    def release(self) -> None:
+        """Removes the gradient hooks. The zeros stay where they are, and nothing holds them from now on."""
+        for hook in self._hooks.values():
+            hook.remove()
+        self._hooks.clear()
+        self._pruned.clear()
+
+    @torch.no_grad()
+    def _enforce(self, parameter: nn.Parameter, pruned: Tensor) -> None:
+        # masked_fill, not multiplication: -1.5 * 0 is -0.0 and NaN * 0 is NaN, and neither is a zero to a codec.
+        parameter.masked_fill_(pruned, 0.0)
+        if self.optimizer is None:
+            return
+        for value in self.optimizer.state.get(parameter, {}).values():
+            if isinstance(value, Tensor) and value.shape == parameter.shape and value.is_floating_point():
+                value.masked_fill_(pruned, 0.0)
+
+    def _mask_gradient(self, key: int, gradient: Tensor) -> Tensor:
+        pruned = self._pruned[key][1].to(gradient.device)
+        if gradient.is_sparse:  # an embedding with sparse=True
+            gradient = gradient.coalesce()
+            values = gradient.values().masked_fill(pruned[tuple(gradient.indices())], 0.0)
+            return torch.sparse_coo_tensor(gradient.indices(), values, gradient.shape, is_coalesced=True)
+        return gradient.masked_fill(pruned, 0.0)
+
+
+def existing_zeros(model: nn.Module) -> list[tuple[Weight, Tensor]]:
+    """The zeros that an earlier stage made: weights that have some, each with its mask (True where zero).
+
+    A weight of nothing but zeros is one that starts at zero (an adapter, a zero-initialised branch), not a pruned one,
+    and is left out; so is an embedding whose only zeros are its padding row, which torch keeps still by itself.
+
+    >>> layer = nn.Linear(2, 2)
+    >>> layer.weight.data[0, 1] = 0.0
+    >>> [(w.name, pruned.tolist()) for w, pruned in existing_zeros(layer)]
+    [('weight', [[False, True], [False, False]])]
+    """
+    found = []
+    for weight in weights(unwrap(model))[0]:
+        pruned = weight.parameter.detach() == 0
+        padding = getattr(weight.module, "padding_idx", None)
+        count = int(pruned.sum())
+        if padding is not None and count == int(pruned[padding].sum()):
+            continue
+        if 0 < count < pruned.numel():
+            found.append((weight, pruned))
+    return found

@@ -1,0 +1,143 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Structural change as pure data: edits, and the plan that lists them. Shapes and indices, never learned values.
+
+`plan.json` is this module written down. It knows nothing of data, of training or of who decided.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import types
+import typing
+from collections.abc import Mapping
+from typing import Any, ClassVar
+
+from featherweight.errors import ArtefactError, nearest
+
+__all__ = ["EDITS", "VERSION", "Edit", "Factor", "FakeQuant", "Plan", "Slice", "Swap", "Tie"]
+
+VERSION = 1
+
+
+@dataclasses.dataclass(frozen=True)
+class Slice:
+    """Keeps the positions `keep` (ascending) along `axis` of one parameter or buffer, named as in `state_dict`."""
+
+    kind: ClassVar[str] = "slice"
+    tensor: str
+    axis: int
+    keep: tuple[int, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class Factor:
+    """Splits the linear layer `layer` (out x in) at `rank` into in -> rank (no bias) and rank -> out."""
+
+    kind: ClassVar[str] = "factor"
+    layer: str
+    rank: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Swap:
+    """Puts one of our modules, named `to`, in the place of `layer`, with values carried over exactly."""
+
+    kind: ClassVar[str] = "swap"
+    layer: str
+    to: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Tie:
+    """Makes all `names` (as in `state_dict`) one parameter; the first one's values stay."""
+
+    kind: ClassVar[str] = "tie"
+    names: tuple[str, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class FakeQuant:
+    """Rounds the first input of `layer` to a per-tensor grid of `bits` bits; its scale and zero point are buffers."""
+
+    kind: ClassVar[str] = "fake_quant"
+    layer: str
+    bits: int
+    symmetric: bool
+
+
+Edit = Slice | Factor | Swap | Tie | FakeQuant
+EDITS: dict[str, type[Edit]] = {edit.kind: edit for edit in typing.get_args(Edit)}
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """What was done: edits in order, and for each tensor a hint to its codec (`{"fc.weight": "nm:2:4"}`).
+
+    Plans add up: `plan + other` is first one, then the other.
+
+    >>> plan = Plan((Factor("fc", rank=8),)) + Plan(formats={"fc.0.weight": "bitmask"})
+    >>> Plan.from_json(plan.to_json()) == plan
+    True
+    """
+
+    edits: tuple[Edit, ...] = ()
+    formats: Mapping[str, str] = dataclasses.field(default_factory=dict)
+
+    def __add__(self, other: Plan) -> Plan:
+        return Plan(self.edits + other.edits, {**self.formats, **other.formats})
+
+    def to_dict(self) -> dict[str, Any]:
+        edits = [{"kind": edit.kind, **dataclasses.asdict(edit)} for edit in self.edits]
+        return {"version": VERSION, "edits": edits, "formats": dict(self.formats)}
+
+    def to_json(self) -> str:
+        return json.dumps(self.to_dict(), indent=1)
+
+    @staticmethod
+    def from_dict(data: Any, where: str = "plan") -> Plan:
+        """Reads what `to_dict` wrote. Raises `ArtefactError` that names the entry that is not as it should be."""
+        if not isinstance(data, dict) or data.get("version") != VERSION:
+            version = data.get("version") if isinstance(data, dict) else None
+            raise ArtefactError(
+                f"{where}: version {version!r} is not {VERSION}, the one that this featherweight reads."
+            )
+        edits, formats = data.get("edits"), data.get("formats")
+        if not isinstance(edits, list) or not isinstance(formats, dict):
+            raise ArtefactError(f"{where}: needs a list 'edits' and a dict 'formats'.")
+        if not all(isinstance(key, str) and isinstance(value, str) for key, value in formats.items()):
+            raise ArtefactError(f"{where}: 'formats' maps tensor names to codec hints, both strings.")
+        return Plan(tuple(_edit(entry, f"{where}, edit {i}") for i, entry in enumerate(edits)), formats)
+
+    @staticmethod
+    def from_json(text: str, where: str = "plan") -> Plan:
+        try:
+            data = json.loads(text)
+        except json.JSONDecodeError as error:
+            raise ArtefactError(f"{where}: not JSON: {error}.") from None
+        return Plan.from_dict(data, where)
+
+
+def _edit(entry: Any, where: str) -> Edit:
+    kind = entry.get("kind") if isinstance(entry, dict) else None
+    if not isinstance(kind, str) or kind not in EDITS:
+        close = ", ".join(nearest(str(kind), EDITS)) or ", ".join(EDITS)
+        raise ArtefactError(f"{where}: unknown kind {kind!r}; known: {close}.")
+    hints = typing.get_type_hints(EDITS[kind])
+    names = [field.name for field in dataclasses.fields(EDITS[kind])]
+    if set(entry) - {"kind"} != set(names):
+        raise ArtefactError(
+            f"{where}: {kind!r} has the keys {', '.join(names)}; got {', '.join(sorted(set(entry) - {'kind'}))}."
+        )
+    return EDITS[kind](**{name: _value(entry[name], hints[name], f"{where}, {name}") for name in names})
+
+
+def _value(value: Any, hint: Any, where: str) -> Any:
+    """JSON's value as the field's type; JSON has no tuples, and bool passes for int in Python but not here."""
+    if isinstance(hint, types.GenericAlias):
+        if not isinstance(value, list):
+            raise ArtefactError(f"{where}: expected a list, got {value!r}.")
+        return tuple(_value(item, typing.get_args(hint)[0], where) for item in value)
+    if type(value) is not hint:
+        raise ArtefactError(f"{where}: expected {hint.__name__}, got {value!r}.")
+    return value

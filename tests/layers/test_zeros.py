@@ -1,0 +1,109 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Held entries stay +0.0 to the last bit under every kind of optimizer, and the rest trains as if alone."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+from featherweight.layers import Zeros, existing_zeros, unwrap
+
+OPTIMIZERS = {
+    "sgd": lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.9, weight_decay=0.1, nesterov=True),
+    "adam": lambda p: torch.optim.Adam(p, lr=0.1, weight_decay=0.1, amsgrad=True),
+    "adamw": lambda p: torch.optim.AdamW(p, lr=0.1, weight_decay=0.1),
+    "rmsprop": lambda p: torch.optim.RMSprop(p, lr=0.1, momentum=0.9, centered=True),
+    "adagrad": lambda p: torch.optim.Adagrad(p, lr=0.1),
+}
+
+
+def is_positive_zero(values: torch.Tensor) -> bool:
+    return bool((values.view(torch.int32) == 0).all())
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_zeros_hold_and_the_rest_trains_as_if_alone(name: str) -> None:
+    """Oracle: the same optimizer run on the free entries alone, as a vector of their own."""
+    torch.manual_seed(0)
+    layer = nn.Linear(6, 5, bias=False)
+    target = torch.randn(5, 6)
+    optimizer = OPTIMIZERS[name](layer.parameters())
+    pruned = torch.rand(5, 6) < 0.5
+    start = layer.weight.detach().clone()
+
+    def run(parameter: nn.Parameter, optimizer: torch.optim.Optimizer, goal: torch.Tensor, zeros: Zeros | None) -> None:
+        for _ in range(5):
+            optimizer.zero_grad()
+            ((parameter - goal) ** 3).abs().sum().backward()
+            if zeros is not None:
+                assert is_positive_zero(parameter.grad[pruned])
+            optimizer.step()
+            if zeros is not None:
+                zeros.enforce()
+
+    run(layer.weight, optimizer, target, None)  # momentum is there before anything is pruned
+    zeros = Zeros(optimizer)
+    zeros.hold(layer.weight, pruned)
+    run(layer.weight, optimizer, target, zeros)
+    assert is_positive_zero(layer.weight[pruned])
+    for value in optimizer.state[layer.weight].values():
+        if value.shape == pruned.shape:
+            assert is_positive_zero(value[pruned])
+
+    alone = nn.Parameter(start[~pruned].clone())
+    optimizer = OPTIMIZERS[name]([alone])
+    run(alone, optimizer, target[~pruned], None)
+    run(alone, optimizer, target[~pruned], None)
+    assert torch.allclose(layer.weight[~pruned], alone, rtol=1e-6, atol=1e-7)
+
+
+def test_sparse_gradients_are_masked_too() -> None:
+    embedding = nn.Embedding(6, 3, sparse=True)
+    optimizer = torch.optim.SparseAdam(embedding.parameters(), lr=0.1)
+    zeros = Zeros(optimizer)
+    pruned = torch.zeros(6, 3, dtype=torch.bool)
+    pruned[2, 1] = pruned[5] = True
+    zeros.hold(embedding.weight, pruned)
+    before = embedding.weight.detach().clone()
+    for _ in range(3):
+        optimizer.zero_grad()
+        embedding(torch.tensor([2, 2, 5])).sum().backward()
+        optimizer.step()
+        zeros.enforce()
+    assert is_positive_zero(embedding.weight[pruned])
+    assert embedding.weight[2, 0] != before[2, 0]
+    assert torch.equal(embedding.weight[0], before[0])
+
+
+def test_release_frees_and_copies_carry_no_hook() -> None:
+    layer = nn.Linear(3, 3, bias=False)
+    zeros = Zeros()
+    zeros.hold(layer.weight, torch.ones(3, 3, dtype=torch.bool))
+    twin = copy.deepcopy(layer)
+    twin(torch.ones(1, 3)).sum().backward()
+    assert twin.weight.grad.abs().min() > 0
+    zeros.release()
+    layer(torch.ones(1, 3)).sum().backward()
+    assert layer.weight.grad.abs().min() > 0
+
+
+def test_only_zeros_that_pruning_made_are_read_as_such() -> None:
+    model = nn.ModuleDict(
+        {
+            "pruned": nn.Linear(4, 4),
+            "adapter": nn.Linear(4, 4),
+            "words": nn.Embedding(5, 3, padding_idx=0),
+            "free": nn.Linear(4, 4),
+        }
+    )
+    model["pruned"].weight.data[0] = 0
+    model["adapter"].weight.data.zero_()
+    assert [weight.name for weight, _ in existing_zeros(model)] == ["pruned.weight"]
+    model["words"].weight.data[1, 2] = 0
+    assert [weight.name for weight, _ in existing_zeros(model)] == ["pruned.weight", "words.weight"]
+
+
+def test_unwrap_sees_through_compile() -> None:
+    layer = nn.Linear(2, 2)
+    assert unwrap(nn.DataParallel(torch.compile(layer))) is layer
