@@ -1,0 +1,60 @@
+# SPDX-License-Identifier: Apache-2.0
+# Everything is a target away from a bare checkout: Python 3.11 or newer, make and a C++ compiler are all that it takes.
+# `make` alone lists the targets. The environment is made by the first target that needs it, and again when it is stale.
+
+SHELL := bash
+.SHELLFLAGS := -euo pipefail -c
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+.NOTPARALLEL:
+
+VENV ?= .venv
+PYTHON ?= $(shell command -v python3.11 || command -v python3)
+# Options of the one command that installs torch, such as the index that has its CPU builds.
+TORCH_OPTIONS ?=
+
+BIN := $(VENV)/bin
+INSTALLED := $(VENV)/.installed
+# Twice quiet hides pip's warnings (a package index that a machine lists but lacks, say) and shows its errors.
+PIP_INSTALL := $(BIN)/python -m pip install -qq --disable-pip-version-check
+
+.PHONY: help install demo test lint types levels pytest gradual clean
+
+help: ## List the targets
+	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## /\1\t/' | expand -t 12
+
+install: $(INSTALLED) ## Make .venv with everything that development needs
+
+$(INSTALLED): pyproject.toml constraints.txt
+	@echo "Installing into $(VENV) (a few minutes the first time)"
+	@test -x $(BIN)/pip || $(PYTHON) -m venv $(VENV)
+	@# torch first and alone: any other spelling, or torch as a dependency, may bring a build with gigabytes of CUDA.
+	@$(PIP_INSTALL) $(TORCH_OPTIONS) "$$(grep '^torch==' constraints.txt)"
+	@$(PIP_INSTALL) -c constraints.txt setuptools
+	@$(PIP_INSTALL) -c constraints.txt --no-build-isolation -e '.[dev]'
+	@touch $@
+
+demo: $(INSTALLED) ## Train, prune, pack, export, measure and report a small network: about a minute
+	@$(BIN)/featherweight demo
+
+test: lint types levels pytest ## Everything that CI checks, stopping at the first failure
+
+lint: $(INSTALLED) ## Style: ruff
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+
+types: $(INSTALLED) ## Types: mypy, strict
+	$(BIN)/mypy
+
+levels: $(INSTALLED) ## Which room may import which: import-linter
+	$(BIN)/lint-imports
+
+pytest: $(INSTALLED) ## Tests, doctests, and the code blocks of README and docs
+	$(BIN)/python -m pytest
+
+gradual: $(INSTALLED) ## The README's figures on gradual pruning, measured anew
+	$(BIN)/python benchmarks/gradual
+
+clean: ## Remove what the checks and builds leave behind, but not .venv
+	rm -rf build dist src/*.egg-info .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis
+	find src tests benchmarks -name __pycache__ -type d -prune -exec rm -rf {} + 2>/dev/null || true
