@@ -6,4 +6,78 @@ Names load on first use, so that `import featherweight` costs next to nothing be
 
 from __future__ import annotations
 
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from featherweight.artefact import load, save
+    from featherweight.budget import Iterative, Until
+    from featherweight.deploy import export_onnx
+    from featherweight.edits import apply
+    from featherweight.factorize import Factorize
+    from featherweight.measure import Scorecard, count
+    from featherweight.plan import Factor, FakeQuant, Plan, Slice, Swap, Tie
+    from featherweight.prune import GradualPruning, Prune
+    from featherweight.recipe import Recipe, load_recipe
+    from featherweight.run import Apply, Result, compress
+    from featherweight.task import Stage, Task
+    from featherweight.train import Train
+
 __version__ = "0.1.0"
+
+__all__ = [
+    "Apply",
+    "Factor",
+    "Factorize",
+    "FakeQuant",
+    "GradualPruning",
+    "Iterative",
+    "Plan",
+    "Prune",
+    "Recipe",
+    "Result",
+    "Scorecard",
+    "Slice",
+    "Stage",
+    "Swap",
+    "Task",
+    "Tie",
+    "Train",
+    "Until",
+    "apply",
+    "compress",
+    "count",
+    "export_onnx",
+    "load",
+    "load_recipe",
+    "save",
+]
+
+_HOMES = {
+    "artefact": ("load", "save"),
+    "budget": ("Iterative", "Until"),
+    "run": ("Apply", "Result", "compress"),
+    "deploy": ("export_onnx",),
+    "edits": ("apply",),
+    "factorize": ("Factorize",),
+    "measure": ("Scorecard", "count"),
+    "plan": ("Factor", "FakeQuant", "Plan", "Slice", "Swap", "Tie"),
+    "prune": ("GradualPruning", "Prune"),
+    "recipe": ("Recipe", "load_recipe"),
+    "task": ("Stage", "Task"),
+    "train": ("Train",),
+}
+_HOME = {name: home for home, names in _HOMES.items() for name in names}
+
+
+def __getattr__(name: str) -> Any:
+    home = _HOME.get(name)
+    if home is None:
+        raise AttributeError(f"module 'featherweight' has no attribute {name!r}")
+    value = getattr(importlib.import_module(f"featherweight.{home}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

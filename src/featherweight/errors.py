@@ -25,6 +25,7 @@ __all__ = [
     "OptionError",
     "ParityError",
     "RecipeError",
+    "StageError",
     "nearest",
     "require",
 ]
@@ -66,6 +67,12 @@ class ArtefactError(FeatherweightError):
 
 class ExportError(FeatherweightError):
     """The model could not be exported; everything else is still delivered."""
+
+    exit_code = 4
+
+
+class StageError(FeatherweightError):
+    """A stage broke what an earlier one had made: its zeros, ties or grids. The earlier stages' work is kept."""
 
     exit_code = 4
 

@@ -15,7 +15,7 @@ from typing import Any, ClassVar
 
 from featherweight.errors import ArtefactError, nearest
 
-__all__ = ["EDITS", "VERSION", "Edit", "Factor", "FakeQuant", "Plan", "Slice", "Swap", "Tie"]
+__all__ = ["EDITS", "VERSION", "Edit", "Factor", "FakeQuant", "Plan", "Slice", "Swap", "Tie", "edit_from_dict"]
 
 VERSION = 1
 
@@ -97,8 +97,8 @@ class Plan:
     @staticmethod
     def from_dict(data: Any, where: str = "plan") -> Plan:
         """Reads what `to_dict` wrote. Raises `ArtefactError` that names the entry that is not as it should be."""
-        if not isinstance(data, dict) or data.get("version") != VERSION:
-            version = data.get("version") if isinstance(data, dict) else None
+        version = data.get("version") if isinstance(data, dict) else None
+        if type(version) is not int or version != VERSION:
             raise ArtefactError(
                 f"{where}: version {version!r} is not {VERSION}, the one that this featherweight reads."
             )
@@ -107,18 +107,23 @@ class Plan:
             raise ArtefactError(f"{where}: needs a list 'edits' and a dict 'formats'.")
         if not all(isinstance(key, str) and isinstance(value, str) for key, value in formats.items()):
             raise ArtefactError(f"{where}: 'formats' maps tensor names to codec hints, both strings.")
-        return Plan(tuple(_edit(entry, f"{where}, edit {i}") for i, entry in enumerate(edits)), formats)
+        return Plan(tuple(edit_from_dict(entry, f"{where}, edit {i}") for i, entry in enumerate(edits)), formats)
 
     @staticmethod
     def from_json(text: str, where: str = "plan") -> Plan:
         try:
             data = json.loads(text)
-        except json.JSONDecodeError as error:
+        except (ValueError, RecursionError) as error:  # also numbers of thousands of digits, and endless nesting
             raise ArtefactError(f"{where}: not JSON: {error}.") from None
         return Plan.from_dict(data, where)
 
 
-def _edit(entry: Any, where: str) -> Edit:
+def edit_from_dict(entry: Any, where: str) -> Edit:
+    """One edit as `plan.json` has it: its `kind` and exactly the fields of that kind. Raises `ArtefactError`.
+
+    >>> edit_from_dict({"kind": "factor", "layer": "fc", "rank": 8}, "here")
+    Factor(layer='fc', rank=8)
+    """
     kind = entry.get("kind") if isinstance(entry, dict) else None
     if not isinstance(kind, str) or kind not in EDITS:
         close = ", ".join(nearest(str(kind), EDITS)) or ", ".join(EDITS)
@@ -127,7 +132,7 @@ def _edit(entry: Any, where: str) -> Edit:
     names = [field.name for field in dataclasses.fields(EDITS[kind])]
     if set(entry) - {"kind"} != set(names):
         raise ArtefactError(
-            f"{where}: {kind!r} has the keys {', '.join(names)}; got {', '.join(sorted(set(entry) - {'kind'}))}."
+            f"{where}: {kind!r} has the keys {', '.join(names)}; got {', '.join(sorted(map(str, set(entry) - {'kind'}))) or 'none'}."
         )
     return EDITS[kind](**{name: _value(entry[name], hints[name], f"{where}, {name}") for name in names})
 

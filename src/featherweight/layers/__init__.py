@@ -3,6 +3,7 @@
 
 from featherweight.layers.order import call_order
 from featherweight.layers.select import matches, select
+from featherweight.layers.tensors import fill, tensors_and_ties
 from featherweight.layers.weights import Weight, from_matrix, to_matrix, weights
 from featherweight.layers.zeros import Zeros, existing_zeros, unwrap
 
@@ -11,9 +12,11 @@ __all__ = [
     "Zeros",
     "call_order",
     "existing_zeros",
+    "fill",
     "from_matrix",
     "matches",
     "select",
+    "tensors_and_ties",
     "to_matrix",
     "unwrap",
     "weights",

@@ -1,0 +1,49 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Budgets as people write them: "2 MB" or the share kept, "30 %"; a drop in the metric's units or "1 %"."""
+
+from __future__ import annotations
+
+import re
+
+from featherweight.errors import OptionError
+
+__all__ = ["allowed_drop", "limit_bytes"]
+
+_BYTES = {"B": 1, "kB": 10**3, "MB": 10**6, "GB": 10**9, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30}
+
+
+def limit_bytes(budget: str | int, whole: int) -> int:
+    """A size budget in bytes: a number of bytes, "2 MB" (10^6), "2 MiB" (2^20), or the share kept of `whole`, "30 %".
+
+    Raises `OptionError` for anything else, and for a share outside 0 to 100 %.
+
+    >>> limit_bytes("30 %", whole=1000), limit_bytes("1.5 kB", whole=9), limit_bytes(7, whole=9)
+    (300, 1500, 7)
+    """
+    if isinstance(budget, int) and not isinstance(budget, bool) and budget > 0:
+        return budget
+    number, unit = _split(budget)
+    if unit == "%" and 0 < number <= 100:
+        return int(whole * number / 100)
+    if unit in _BYTES and number > 0:
+        return int(number * _BYTES[unit])
+    raise OptionError(f"size {budget!r} is neither bytes (200000, '2 MB', '2 MiB') nor the share kept ('30 %').")
+
+
+def allowed_drop(budget: str | float, reference: float) -> float:
+    """How far a metric may fall: a number in the metric's own units, or "1 %" of `reference`.
+
+    >>> allowed_drop("1 %", reference=0.9), allowed_drop(0.02, reference=0.9)
+    (0.009000000000000001, 0.02)
+    """
+    if isinstance(budget, int | float) and not isinstance(budget, bool) and budget >= 0:
+        return float(budget)
+    number, unit = _split(budget)
+    if unit == "%" and 0 <= number <= 100:
+        return abs(reference) * number / 100
+    raise OptionError(f"drop {budget!r} is neither in the metric's units (0.01) nor a share of the reference ('1 %').")
+
+
+def _split(text: object) -> tuple[float, str]:
+    match = re.fullmatch(r"\s*(\d+(?:\.\d*)?|\.\d+)\s*([A-Za-z%]*)\s*", text) if isinstance(text, str) else None
+    return (float(match[1]), match[2]) if match else (0.0, "")
