@@ -31,8 +31,8 @@ def apply(model: nn.Module, edit: Edit) -> None:
     """Changes the structure of your model in place as `edit` says. Values are carried over, never computed.
 
     Saves what the edit removes; `Factor`'s two new layers start at zero, for whoever decided to fill. Parameters that
-    stay keep their identity, so ties and optimizers hold. Raises `EditError`, with the model left as it was, where
-    the edit does not fit.
+    stay keep their identity, so ties and optimizers hold; an optimizer's momentum of a sliced parameter is the caller's
+    to cut. No random number is drawn. Raises `EditError`, with the model left as it was, where the edit does not fit.
 
     >>> from featherweight.plan import Slice
     >>> model = nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 2))
@@ -41,11 +41,23 @@ def apply(model: nn.Module, edit: Edit) -> None:
     >>> model[0].out_features, model[2].in_features
     (2, 2)
     """
+    if type(edit) not in _APPLY:
+        raise EditError(f"{edit!r} is not an edit; the kinds are {', '.join(kind.__name__ for kind in _APPLY)}.")
     _APPLY[type(edit)](model, edit)
 
 
 def replay(model: nn.Module, edits: Iterable[Edit]) -> None:
-    """Applies a plan's edits in order to your model, in place. The error names the edit that did not fit."""
+    """Applies a plan's edits in order to your model, in place.
+
+    Raises `EditError` that names the edit that does not fit; those before it have been carried out by then, so start
+    again from a fresh model.
+
+    >>> from featherweight.plan import Factor, Plan
+    >>> model = nn.Sequential(nn.Linear(6, 6), nn.ReLU())
+    >>> replay(model, Plan((Factor("0", rank=2),)).edits)
+    >>> [tuple(p.shape) for p in model.parameters()]
+    [(2, 6), (6, 2), (6,)]
+    """
     for i, edit in enumerate(edits):
         try:
             apply(model, edit)

@@ -7,12 +7,14 @@ and its state-dict keys; the grid is a child of it, `LAYER.input_grid`, called b
 
 from __future__ import annotations
 
+import inspect
+import itertools
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from featherweight.edits.find import find_module
+from featherweight.edits.find import call_children, find_module
 from featherweight.errors import EditError
 from featherweight.plan import FakeQuant
 
@@ -22,8 +24,10 @@ __all__ = ["FakeQuantize", "apply_fake_quant"]
 class FakeQuantize(nn.Module):
     """x -> scale * (clamp(round(x / scale) + zero_point) - zero_point), with the straight-through gradient.
 
-    Integers run from -2^(b-1) to 2^(b-1) - 1; zero is always on the grid, since `zero_point` is one of them. A
-    symmetric grid has zero_point 0. `scale` and `zero_point` are buffers of one element; a new grid has scale 1.
+    Integers run from -2^(b-1) to 2^(b-1) - 1, halves round to even, and zero is always on the grid, since `zero_point`
+    is one of the integers. A symmetric grid has zero_point 0. `scale` and `zero_point` are buffers of one element; a new
+    grid has scale 1. The gradient is 1 where x is within the grid's range and 0 outside it. NaN becomes the lowest
+    value, as in integer runtimes.
 
     >>> grid = FakeQuantize(bits=2, symmetric=True)
     >>> grid(torch.tensor([-5.0, -0.4, 0.6, 5.0]))
@@ -48,17 +52,32 @@ class FakeQuantize(nn.Module):
         return f"bits={self.bits}, symmetric={self.symmetric}"
 
 
-def _round_input(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+def _round_input(
+    module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
     # Looked up on the module, not closed over: a deep copy of the layer must call its own grid.
-    return (module.input_grid(args[0]), *args[1:])  # type: ignore[operator]
+    grid: Any = module.input_grid
+    if args:
+        return (grid(args[0]), *args[1:]), kwargs
+    first = next(iter(inspect.signature(module.forward).parameters))
+    return args, {**kwargs, first: grid(kwargs[first])}
 
 
 def apply_fake_quant(model: nn.Module, edit: FakeQuant) -> None:
+    """Gives the layer a child `input_grid` and a hook that calls it."""
     layer = find_module(model, edit.layer)
     if not 1 <= edit.bits <= 16:
         raise EditError(f"{edit.layer}: bits must be 1 to 16; got {edit.bits}.")
     if hasattr(layer, "input_grid"):
         raise EditError(f"{edit.layer} has a grid on its input already.")
-    parameter = next(layer.parameters(recurse=False), None)
-    layer.input_grid = FakeQuantize(edit.bits, edit.symmetric).to(parameter.device if parameter is not None else None)
-    layer.register_forward_pre_hook(_round_input)
+    if isinstance(layer, nn.Embedding | nn.EmbeddingBag):
+        raise EditError(f"{edit.layer} is a {type(layer).__name__}: its input is indices, which have no grid.")
+    if isinstance(layer, nn.ModuleList | nn.ModuleDict | nn.ParameterList | nn.ParameterDict):
+        raise EditError(f"{edit.layer} is a {type(layer).__name__}, which is never called; name a layer in it.")
+    if any(isinstance(module, nn.MultiheadAttention) and module.out_proj is layer for module in model.modules()):
+        raise EditError(f"{edit.layer} is never called, its attention reads its weight; swap in 'attention' first.")
+    tensor = next(itertools.chain(layer.parameters(), layer.buffers(), model.parameters()), None)
+    grid = FakeQuantize(edit.bits, edit.symmetric).to(None if tensor is None else tensor.device)
+    layer.input_grid = grid.train(layer.training)
+    layer.register_forward_pre_hook(_round_input, with_kwargs=True)
+    call_children(model, layer)

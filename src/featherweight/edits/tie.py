@@ -13,20 +13,23 @@ __all__ = ["apply_tie"]
 
 
 def apply_tie(model: nn.Module, edit: Tie) -> None:
-    found = [find_tensor(model, name) for name in edit.names]
+    """Makes every name, and every other name of the same parameters, the first one's parameter."""
     if len(set(edit.names)) < 2 or len(set(edit.names)) != len(edit.names):
-        raise EditError(f"tie needs two or more different names; got {', '.join(edit.names)}.")
-    _, _, first = found[0]
-    for name, (_, _, tensor) in zip(edit.names, found, strict=True):
+        raise EditError(f"tie needs two or more different names; got {', '.join(edit.names) or 'none'}.")
+    found = [find_tensor(model, name)[2] for name in edit.names]
+    first = found[0]
+    for name, tensor in zip(edit.names, found, strict=True):
         if not isinstance(tensor, nn.Parameter):
             raise EditError(f"{name} is a buffer; tie takes parameters.")
-        if (tensor.shape, tensor.dtype) != (first.shape, first.dtype):
+        if (tensor.shape, tensor.dtype, tensor.device) != (first.shape, first.dtype, first.device):
             raise EditError(
-                f"{name} is {tuple(tensor.shape)} {tensor.dtype}, but {edit.names[0]} is {tuple(first.shape)} {first.dtype}."
+                f"{name} is {tuple(tensor.shape)} {tensor.dtype} on {tensor.device}, but {edit.names[0]} is "
+                f"{tuple(first.shape)} {first.dtype} on {first.device}."
             )
     # Whoever else holds one of the tied tensors follows, so that a tie that was there stays.
-    tied = {id(tensor) for _, _, tensor in found}
+    tied = {id(tensor) for tensor in found}
     for module in model.modules():
-        for leaf, parameter in module._parameters.items():
-            if parameter is not None and id(parameter) in tied:
-                module._parameters[leaf] = first  # type: ignore[assignment]
+        for leaf, parameter in list(module._parameters.items()):
+            if parameter is not first and id(parameter) in tied:
+                # Not by `_parameters`: a recurrent module keeps a list of its weights, which its setattr renews.
+                setattr(module, leaf, first)
