@@ -1,0 +1,284 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Which weights are pruned and which are kept, each with the reason: the one place where this is decided."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from featherweight.errors import DataError, NothingToCompress, OptionError
+from featherweight.layers import Weight, call_order, matches, select, unwrap, weights
+from featherweight.prune.chains import given_chains, traced_chains
+from featherweight.prune.importance import GRADIENT_BASED
+from featherweight.prune.options import PruningOptions
+from featherweight.prune.units import misfit, rows, to_units
+from featherweight.task import describe
+
+__all__ = ["Selected", "Target", "choose_layers", "refuse_nothing"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Selected:
+    """One weight of the model: whether it is `pruned` or `kept`, to which sparsity, and why.
+
+    With `ranking="global"` the sparsity is that of all pruned layers together.
+    """
+
+    name: str
+    kind: str
+    shape: tuple[int, ...]
+    parameters: int
+    action: str
+    sparsity: float
+    reason: str
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Target:
+    """A weight to prune: its final sparsity, its cap, and, for neurons, the weight that reads its outputs."""
+
+    weight: Weight
+    sparsity: float
+    cap: float = 1.0
+    consumer: Weight | None = None
+
+    @property
+    def block(self) -> int:
+        """How many consecutive columns of the consumer one row feeds: the positions of a flattened channel."""
+        return 1 if self.consumer is None else self.consumer.columns_per_tap // rows(self.weight)
+
+    @property
+    def bias(self) -> nn.Parameter | None:
+        """The bias that goes with a neuron."""
+        return getattr(self.weight.module, "bias", None) if self.consumer is not None else None
+
+
+def choose_layers(
+    model: nn.Module,
+    options: PruningOptions,
+    example_inputs: tuple[Any, ...] | None = None,
+    trained: Callable[[nn.Parameter], bool] | None = None,
+) -> tuple[list[Target], tuple[Selected, ...]]:
+    """What is pruned, and a line for every weight of the model. `trained` says which parameters get gradients.
+
+    Raises `NothingToCompress` for a glob that matches nothing, `OptionError` for one that others override everywhere.
+    """
+    model = unwrap(model)
+    found, left = weights(model)
+    _check_globs(model, options, found, left)
+    kept = dict(left)
+    targets: list[Target] = []
+    _keep_by_name(found, options, kept)
+    if options.dense:
+        _keep_by_rule(model, found, options, example_inputs, kept)
+    _keep_by_values(found, options, trained, kept)
+    pairs: Mapping[str, Weight] = {}
+    if options.pattern == "neuron":
+        pairs = _pair(model, found, options, example_inputs, kept)
+    for weight in found:
+        if weight.name not in kept:
+            cap = 1.0 if (given := _last_match(weight, options.caps)) is None else given
+            targets.append(Target(weight, _target(weight, options), cap, pairs.get(weight.name)))
+    return targets, tuple(_describe(model, found, left, options, kept, {t.weight.name: t for t in targets}))
+
+
+def refuse_nothing(selected: Sequence[Selected]) -> None:
+    """Raises `NothingToCompress`, with the reasons, where no weight is pruned."""
+    if any(line.action == "pruned" for line in selected):
+        return
+    if not selected:
+        raise NothingToCompress("Nothing to prune: the model has no weights (parameters of two axes or more).")
+    shown = "; ".join(f"{line.name}: {line.reason}" for line in selected[:5])
+    more = f"; and {len(selected) - 5} more" if len(selected) > 5 else ""
+    raise NothingToCompress(f"Nothing to prune: all {len(selected)} weights are kept. {shown}{more}.")
+
+
+def _names(weight: Weight) -> tuple[str, ...]:
+    return (weight.name, *weight.aliases)
+
+
+def _is_named(weight: Weight, globs: Iterable[str]) -> bool:
+    return any(matches(name, globs) for name in _names(weight))
+
+
+def _last_match(weight: Weight, shares: float | Mapping[str, float] | None) -> float | None:
+    if not isinstance(shares, Mapping):
+        return shares
+    return next((shares[glob] for glob in reversed(list(shares)) if _is_named(weight, [glob])), None)
+
+
+def _target(weight: Weight, options: PruningOptions) -> float:
+    if options.parsed.kind == "n:m":
+        return 1 - options.parsed.n / options.parsed.m
+    share = _last_match(weight, options.sparsity)
+    return 0.0 if share is None else share
+
+
+def _check_globs(model: nn.Module, options: PruningOptions, found: Sequence[Weight], left: Mapping[str, str]) -> None:
+    names = [name for weight in found for name in _names(weight)] + list(left)
+    if names:
+        select(names, options.layers, option="layers")
+    every = dict(model.named_parameters(remove_duplicate=False)) | dict(model.named_buffers(remove_duplicate=False))
+    select(list(every), options.keep, option="keep")
+    for option, shares in (("sparsity", options.sparsity), ("caps", options.caps)):
+        if not isinstance(shares, Mapping):
+            continue
+        select(names, list(shares), option=option)
+        globs = list(shares)
+        for i, glob in enumerate(globs):
+            named = [weight for weight in found if _is_named(weight, [glob])]
+            if named and all(_is_named(weight, globs[i + 1 :]) for weight in named):
+                raise OptionError(
+                    f"{option}: {glob!r} decides nothing, because {', '.join(map(repr, globs[i + 1 :]))} after it "
+                    f"overrides it everywhere. Put {glob!r} last."
+                )
+
+
+def _keep_by_name(found: Sequence[Weight], options: PruningOptions, kept: dict[str, str]) -> None:
+    for weight in found:
+        targets = list(options.sparsity) if isinstance(options.sparsity, Mapping) else ["*"]
+        globs = [*options.layers, *targets]
+        if not _is_named(weight, options.layers):
+            kept[weight.name] = "no glob of layers names it"
+        elif not _is_named(weight, targets):
+            kept[weight.name] = "no glob of sparsity names it"
+        elif weight.kind == "bare" and not _is_named(weight, [glob for glob in globs if glob.strip("*")]):
+            kept[weight.name] = (
+                f"a parameter of {type(weight.module).__name__}, which may or may not be a weight; "
+                f"name it to prune it: layers=['*', '{weight.name}']"
+            )
+        else:
+            by = next((glob for glob in options.keep if _is_named(weight, [glob])), None)
+            if by is not None:
+                kept[weight.name] = f"keep={by!r} names it"
+
+
+def _keep_by_rule(
+    model: nn.Module,
+    found: Sequence[Weight],
+    options: PruningOptions,
+    example_inputs: tuple[Any, ...] | None,
+    kept: dict[str, str],
+) -> None:
+    order, unsure = _order(model, found, example_inputs)
+    places = {w.name: [order[layer] for layer in _layers(w) if layer in order] for w in found if w.kind != "bare"}
+    seen = [place for each in places.values() for place in each]
+    hint = "; give example_inputs to see the order of calls" if unsure else ""
+    where = " in definition order" if unsure else ""
+    for weight in found:
+        own = places.get(weight.name, [])
+        if weight.name in kept:
+            continue
+        if "first" in options.dense and weight.kind in ("conv", "transposed conv") and min(seen, default=-1) in own:
+            kept[weight.name] = f"first layer{where}, a convolution{hint}; dense=() prunes it too"
+        elif "depthwise" in options.dense and weight.depthwise:
+            kept[weight.name] = "depthwise; dense=() prunes it too"
+        elif "output" in options.dense and max(seen, default=-1) in own:
+            what = "last in definition order" if unsure else "output layer"
+            kept[weight.name] = f"{what}{hint}; dense=() prunes it too"
+
+
+def _order(
+    model: nn.Module, found: Sequence[Weight], example_inputs: tuple[Any, ...] | None
+) -> tuple[dict[str, int], bool]:
+    """When each layer with weights runs, and whether this is only the order of definition."""
+    if example_inputs is None:
+        return {layer: i for i, weight in enumerate(found) for layer in _layers(weight)[:1]}, True
+    try:
+        calls = {layer: i for i, layer in enumerate(call_order(model, example_inputs))}
+    except (TypeError, RuntimeError, ValueError, IndexError) as error:
+        raise DataError(
+            f"The model cannot be called with example_inputs {describe(example_inputs)}: {error}"
+        ) from error
+    order = {}
+    for layer in (layer for weight in found for layer in _layers(weight)):
+        # MultiheadAttention never calls the module that holds its output projection.
+        for name in (layer, layer.rpartition(".")[0]):
+            if name in calls:
+                order[layer] = calls[name]
+                break
+    return order, False
+
+
+def _layers(weight: Weight) -> list[str]:
+    return [name.rpartition(".")[0] for name in _names(weight)]
+
+
+def _keep_by_values(
+    found: Sequence[Weight],
+    options: PruningOptions,
+    trained: Callable[[nn.Parameter], bool] | None,
+    kept: dict[str, str],
+) -> None:
+    for weight in found:
+        parameter = weight.parameter.detach()
+        if weight.name in kept:
+            continue
+        if (reason := misfit(weight, options.parsed)) is not None:
+            kept[weight.name] = reason
+        elif options.importance in GRADIENT_BASED and trained is not None and not trained(weight.parameter):
+            kept[weight.name] = f"it is not trained, and importance={options.importance!r} needs its gradient"
+        elif parameter.numel() == 0 or len(to_units(weight, options.parsed, parameter)) < 2:
+            kept[weight.name] = f"it is a single {options.parsed.kind}, and one always stays"
+        elif not bool(parameter.any()):
+            kept[weight.name] = "all zeros, as adapters and zero-initialised branches start; nothing to rank"
+
+
+def _pair(
+    model: nn.Module,
+    found: Sequence[Weight],
+    options: PruningOptions,
+    example_inputs: tuple[Any, ...] | None,
+    kept: dict[str, str],
+) -> dict[str, Weight]:
+    """Pairs for neurons; the weights that have none are kept."""
+    if example_inputs is None and not options.feeds:
+        raise OptionError(
+            "pattern='neuron' must know which layer feeds which: give example_inputs, from which the graph is traced, "
+            "or feeds={'fc1': 'fc2'}."
+        )
+    pairs, reasons = ({}, {}) if example_inputs is None else traced_chains(model, example_inputs, found)
+    pairs |= given_chains(options.feeds, found)
+    for weight in found:
+        consumer = pairs.get(weight.name)
+        if weight.name in kept:
+            continue
+        if consumer is None:
+            kept[weight.name] = reasons.get(weight.name, "no pair of feeds names it")
+        elif _is_named(consumer, options.keep):
+            kept[weight.name] = f"it feeds {consumer.layer}, which keep={list(options.keep)} names"
+        elif options.importance in GRADIENT_BASED and not consumer.parameter.requires_grad:
+            kept[weight.name] = f"it feeds {consumer.layer}, which gets no gradient"
+    return pairs
+
+
+def _describe(
+    model: nn.Module,
+    found: Sequence[Weight],
+    left: Mapping[str, str],
+    options: PruningOptions,
+    kept: Mapping[str, str],
+    targets: Mapping[str, Target],
+) -> Iterable[Selected]:
+    tensors = dict(model.named_parameters())
+    for name in left:
+        shape = () if isinstance(tensors[name], nn.parameter.UninitializedParameter) else tuple(tensors[name].shape)
+        yield Selected(name, "computed", shape, int(torch.Size(shape).numel()), "kept", 0.0, left[name])
+    for weight in found:
+        shape, n = tuple(weight.parameter.shape), weight.parameter.numel()
+        target = targets.get(weight.name)
+        if target is None:
+            yield Selected(weight.name, weight.kind, shape, n, "kept", 0.0, kept[weight.name])
+            continue
+        zeros = float(to_units(weight, options.parsed, weight.parameter.detach() == 0).all(1).float().mean())
+        reason = f"{zeros:.1%} are zero already, more than the target; they stay" if zeros > target.sparsity else ""
+        if target.consumer is not None:
+            reason = "; ".join(filter(None, (f"with the columns it feeds in {target.consumer.layer}", reason)))
+        named = next((glob for glob in reversed(options.layers) if _is_named(weight, [glob])), "*")
+        yield Selected(
+            weight.name, weight.kind, shape, n, "pruned", target.sparsity, reason or f"layers={named!r} names it"
+        )
