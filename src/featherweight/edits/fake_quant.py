@@ -26,8 +26,9 @@ class FakeQuantize(nn.Module):
 
     Integers run from -2^(b-1) to 2^(b-1) - 1, halves round to even, and zero is always on the grid, since `zero_point`
     is one of the integers. A symmetric grid has zero_point 0. `scale` and `zero_point` are buffers of one element; a new
-    grid has scale 1. The gradient is 1 where x is within the grid's range and 0 outside it. NaN becomes the lowest
-    value, as in integer runtimes.
+    grid has scale 1. The gradient is 1 where x is within the grid's range and 0 outside it; NaN stays NaN.
+
+    Written in plain operations: torch's own fused one hides NaN, and cannot be exported with a free batch size.
 
     >>> grid = FakeQuantize(bits=2, symmetric=True)
     >>> grid(torch.tensor([-5.0, -0.4, 0.6, 5.0]))
@@ -46,7 +47,13 @@ class FakeQuantize(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         low, high = -(2 ** (self.bits - 1)), 2 ** (self.bits - 1) - 1
-        return torch.fake_quantize_per_tensor_affine(x, self.scale, self.zero_point, low, high)
+        # Half precision has too few digits to count the steps of a fine grid.
+        wide = x if x.dtype in (torch.float32, torch.float64) else x.float()
+        scale, zero_point = self.scale.to(wide.dtype), self.zero_point.to(wide.dtype)
+        bounded = torch.clamp(wide / scale, low - zero_point, high - zero_point)
+        # Exact, since a number and its rounding are close; autograd sees the identity.
+        steps = bounded + (bounded.round() - bounded).detach()
+        return (steps * scale).to(x.dtype)
 
     def extra_repr(self) -> str:
         return f"bits={self.bits}, symmetric={self.symmetric}"

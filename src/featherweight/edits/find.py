@@ -45,6 +45,8 @@ def find_replaceable(model: nn.Module, name: str) -> nn.Module:
         raise EditError("the model itself cannot be replaced; wrap it: torch.nn.Sequential(model).")
     if "input_grid" in layer._modules:
         raise EditError(f"{name} has a grid on its input, which would be lost; replace it before fake quantization.")
+    if any(is_lazy(parameter) for parameter in layer.parameters()):
+        raise EditError(f"{name} is a lazy module, which has no shape yet; call the model once first.")
     if layer._forward_hooks or layer._forward_pre_hooks or layer._backward_hooks or layer._backward_pre_hooks:
         raise EditError(f"{name} has hooks, which would be lost with it; remove them first.")
     for owner, module in model.named_modules():
