@@ -57,9 +57,9 @@ def scorecard(rng: random.Random, dense: bool) -> dict[str, Any]:
         "packed_bytes": 336_120 if dense else 50_318, "gzip_bytes": 309_774 if dense else 61_204,
         "peak_memory_bytes": 2_411_724, "metric": 0.9806 if dense else 0.9722, "metric_name": "accuracy", "samples": 360,
         "latency": {
-            "PyTorch": latency(rng, "PyTorch", 0.412),
-            "ONNX Runtime": latency(rng, "ONNX Runtime", 0.121 if dense else 0.1215),
-            "OpenVINO": latency(rng, "OpenVINO", 0.155 if dense else 0.118),
+            "torch": latency(rng, "torch", 0.412),
+            "onnxruntime": latency(rng, "onnxruntime", 0.121 if dense else 0.1215),
+            "openvino": latency(rng, "openvino", 0.155 if dense else 0.118),
         },
     }  # fmt: skip
 
@@ -72,7 +72,7 @@ def layer_rows() -> list[dict[str, Any]]:
         packed = dense if target is None else round(dense * 0.1 + n / 8)
         rows.append(
             {
-                "name": name, "kind": kind, "shape_before": list(shape), "shape_after": list(shape), "parameters": n,
+                "name": name.removesuffix(".weight"), "kind": kind, "shape_before": list(shape), "shape_after": list(shape), "parameters": n,
                 "zeros": 0 if target is None else round(target * n), "macs": macs, "dense_bytes": dense,
                 "packed_bytes": packed, "codec": "dense fp32" if target is None else "bitmask",
                 "action": "kept" if target is None else "pruned",
@@ -87,7 +87,7 @@ def sample_report(seed: int = 0) -> dict[str, Any]:
     rng = random.Random(seed)
     before, after = scorecard(rng, dense=True), scorecard(rng, dense=False)
     selection = [
-        {"name": name, "kind": kind, "shape": list(shape), "parameters": math.prod(shape), "target": target,
+        {"name": name, "kind": kind, "shape": list(shape), "parameters": math.prod(shape), "sparsity": target or 0.0,
          "action": "kept" if target is None else "pruned", "reason": reason.removeprefix("kept: ")}
         for name, kind, shape, _, target, reason in LAYERS
     ]  # fmt: skip
@@ -119,9 +119,12 @@ def sample_report(seed: int = 0) -> dict[str, Any]:
         "before": before,
         "after": after,
         "comparisons": {
-            "PyTorch": {"ratio": 1.0, "low": 0.98, "high": 1.02, "faster": None, "words": "No difference beyond noise."},
-            "ONNX Runtime": {"ratio": 1.0, "low": 0.97, "high": 1.04, "faster": None, "words": "No difference beyond noise."},
-            "OpenVINO": {"ratio": 1.31, "low": 1.27, "high": 1.36, "faster": True, "words": "1.31x faster."},
+            "torch": {"ratio": 1.0, "low": 0.98, "high": 1.02, "faster": None,
+                      "words": "no faster: 1.00x, within noise (95 % interval 0.98 to 1.02)"},
+            "onnxruntime": {"ratio": 0.99, "low": 0.97, "high": 1.01, "faster": None,
+                            "words": "no faster: 0.99x, within noise (95 % interval 0.97 to 1.01)"},
+            "openvino": {"ratio": 1.31, "low": 1.27, "high": 1.36, "faster": True,
+                         "words": "1.31x faster (95 % interval 1.27 to 1.36)"},
         },
         "layers": layer_rows(),
         "export": {
@@ -142,8 +145,8 @@ def sample_report(seed: int = 0) -> dict[str, Any]:
             "sparsity = 0.9\nbegin = 0\nend = 2000\nevery = 100\n",
             "seed": 0,
             "versions": {"featherweight": "0.1.0", "python": "3.11.2", "torch": "2.13.0+cpu", "onnxruntime": "1.32.0", "openvino": "2026.4.1"},
-            "machine": {"cpu": "Intel Xeon @ 2.60 GHz", "threads": 2, "memory": "16 GB", "flags": ["avx2", "avx512f", "avx512_vnni"]},
-            "data": {"name": "digits 8x8", "train": 1437, "test": 360, "sha256": "5f1c8a0e9b1d"},
+            "machine": {"cpu": "Intel Xeon @ 2.60 GHz", "flags": ["avx2", "avx512f", "avx512_vnni"], "cores": 2, "governor": None, "memory_bytes": 16_381_030_400, "versions": {"torch": "2.13.0+cpu"}},
+            "data": {"train": {"batches": 23, "batch": "tuple(Tensor[64, 1, 8, 8] float32, Tensor[64] int64)", "sha256": "5f1c8a0e9b1d7c42"}, "calibration": None},
         },
-        "load": {"class_hint": "digits.DigitsNet", "folder": "run"},
+        "load": {"class_hint": "digits:DigitsNet", "folder": "run"},
     }  # fmt: skip

@@ -71,7 +71,7 @@ def _round_step(rough: float) -> float:
 
 
 def thin(points: Sequence[Point], limit: int) -> list[Point]:
-    """At most about `limit` points: of each bucket its lowest and highest, in order, and the first and last of all."""
+    """At most about `limit` points: of each bucket its lowest, its highest and one gap, in order."""
     if len(points) <= limit:
         return list(points)
     buckets = max(1, limit // 2)
@@ -81,8 +81,9 @@ def thin(points: Sequence[Point], limit: int) -> list[Point]:
         known = [j for j in inside if points[j][1] is not None]
         if known:
             kept |= {min(known, key=lambda j: points[j][1] or 0.0), max(known, key=lambda j: points[j][1] or 0.0)}
-        elif inside:
-            kept.add(inside[0])
+        gap = next((j for j in inside if points[j][1] is None), None)
+        if gap is not None:
+            kept.add(gap)
     return [points[j] for j in sorted(kept)]
 
 

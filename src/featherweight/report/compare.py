@@ -11,7 +11,7 @@ from typing import Any
 
 from featherweight.report import charts, words
 from featherweight.report.page import fitted
-from featherweight.report.tables import MEASURES, Table, median, metric_name, part, runtimes, strings, text
+from featherweight.report.tables import MEASURES, Table, median, metric_name, part, runtimes, spoken, strings, text
 
 __all__ = ["compare_reports", "comparison"]
 
@@ -53,8 +53,8 @@ def comparison(reports: Sequence[Row]) -> Table:
     for label, key, say in MEASURES:
         rows.append([label, *(_pair(report, key, say) for report in reports)])
     for name in names:
-        rows.append([f"median, {name}", *(_timing(report, name) for report in reports)])
-        rows.append([f"faster in {name}?", *(_faster(report, name) for report in reports)])
+        rows.append([f"median, {spoken(name)}", *(_timing(report, name) for report in reports)])
+        rows.append([f"faster in {spoken(name)}?", *(_faster(report, name) for report in reports)])
     rows.append(["parity", *(_parity_word(report) for report in reports)])
     rows.append(["warnings", *(str(len(strings(report, "warnings"))) for report in reports)])
     full = [row for row in rows if any(cell not in ("", words.MISSING) for cell in row[1:])]
@@ -99,7 +99,7 @@ def _faster(report: Row, runtime: str) -> str:
     if not compared:
         return ""
     faster = compared.get("faster")
-    return "faster" if faster is True else "slower" if faster is False else "within noise"
+    return "faster" if faster is True else "slower" if faster is False else "no claim"
 
 
 def _parity_word(report: Row) -> str:

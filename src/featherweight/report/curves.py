@@ -37,12 +37,14 @@ class Curves:
     scale: str
     stages: tuple[str, ...]
     updates: int
+    ruled: bool
     thinned: bool
 
 
 @dataclass(frozen=True)
 class _Series:
     points: dict[str, list[charts.Point]]
+    lost: dict[str, int]  # values that are not numbers
     updates: list[float]
     borders: list[float]
     stages: list[str]
@@ -70,12 +72,13 @@ def curves(report: Mapping[str, Any], limit: int) -> Curves | None:
         charts.scale(x, words.count),
         tuple(series.stages),
         len(series.updates),
+        bool(rules),
         any(len(points) > limit for points in series.points.values()),
     )
 
 
 def _series(report: Mapping[str, Any]) -> _Series:
-    found = _Series({key: [] for key in KEYS}, [], [], [])
+    found = _Series({key: [] for key in KEYS}, dict.fromkeys(KEYS, 0), [], [], [])
     end: float | None = None
     for stage in tables.items(report, "stages"):
         rows = [row for row in tables.items(stage, "history") if words.number(row.get("step")) is not None]
@@ -85,7 +88,9 @@ def _series(report: Mapping[str, Any]) -> _Series:
         first = words.number(rows[0]["step"]) or 0.0
         offset = 0.0 if end is None or first > end else end
         if end is not None:
-            found.borders.append(max(offset, end))
+            found.borders.append(end)
+            for key in KEYS:  # a stage may start from other weights than the last one ended with: no line between them
+                found.points[key].append((end, None))
         found.stages.append(tables.text(stage.get("name")) or f"stage {len(found.stages) + 1}")
         sparsity: float | None = None
         for row in rows:
@@ -97,7 +102,9 @@ def _series(report: Mapping[str, Any]) -> _Series:
                 sparsity = now
             for key in KEYS:
                 if row.get(key) is not None:
-                    found.points[key].append((end, words.number(row[key])))
+                    value = words.number(row[key])
+                    found.points[key].append((end, value))
+                    found.lost[key] += value is None
     return found
 
 
@@ -109,8 +116,8 @@ def _panel(
     first, last = known[0], known[-1]
     say = {"sparsity": words.percent, "metric": words.metric}.get(key, words.figure)
     sentence = f"from {say(first)} to {say(last)}"
-    if len(known) < len(series.points[key]):
-        sentence += f"; {len(series.points[key]) - len(known):,} values are not numbers and leave gaps"
+    if series.lost[key]:
+        sentence += f"; {series.lost[key]:,} values are not numbers and leave gaps"
     mark = None
     if key == "sparsity":
         y = charts.Axis(0.0, 1.0, (0.0, 0.5, 1.0))

@@ -12,7 +12,17 @@ from featherweight.report.compare import comparison
 from featherweight.report.limits import LIMITS
 from featherweight.report.tables import Table, part, strings, text
 
-__all__ = ["code", "compare_markdown", "escape", "fence", "to_markdown", "verdict_table"]
+__all__ = [
+    "bullets",
+    "code",
+    "compare_markdown",
+    "escape",
+    "export_words",
+    "fence",
+    "grid",
+    "to_markdown",
+    "verdict_table",
+]
 
 Row = Mapping[str, Any]
 MOST_LAYERS = 200
@@ -36,18 +46,18 @@ def to_markdown(report: Row) -> str:
     sections = [
         ("", escape(text(part(report, "verdict").get("sentence"))) or "This run has no verdict."),
         ("", verdict_table(report)),
-        ("Gained, and not gained", _bullets(strings(report, "gains"))),
-        ("Before and after each stage", _grid(tables.stages(report))),
-        ("Size on disk", _grid(tables.sizes(report))),
+        ("Gained, and not gained", bullets(strings(report, "gains"))),
+        ("Before and after each stage", grid(tables.stages(report))),
+        ("Size on disk", grid(tables.sizes(report))),
         ("Latency", _latency(report)),
-        ("Layer by layer", _grid(_layers(report))),
+        ("Layer by layer", grid(_layers(report))),
         ("Export and parity", export_words(export)),
         (
             "Load and run",
             "\n\n".join(f"{what}\n\n{fence(body, lang)}" for what, lang, body in tables.load_snippets(report)),
         ),
         ("Reproduce", _reproduce(part(report, "reproduce"))),
-        ("Warnings", _bullets(strings(report, "warnings"))),
+        ("Warnings", bullets(strings(report, "warnings"))),
     ]
     blocks = [f"# {escape(text(report.get('title')) or 'featherweight report')}"]
     for heading, body in sections:
@@ -66,7 +76,7 @@ def compare_markdown(reports: Sequence[Row]) -> str:
     | warnings | 0 | 0 |
     <BLANKLINE>
     """
-    return _grid(comparison([LIMITS[0].shorten(report) for report in reports])) + "\n"
+    return grid(comparison([LIMITS[0].shorten(report) for report in reports])) + "\n"
 
 
 def escape(value: str) -> str:
@@ -95,7 +105,7 @@ def verdict_table(report: Row) -> str:
         tuple(text(row.get(key)) for key in ("label", "before", "after", "change"))
         for row in tables.items(part(report, "verdict"), "numbers")
     ]
-    return _grid(Table(("", "before", "after", "change"), tuple(rows), frozenset({0, 3})))
+    return grid(Table(("", "before", "after", "change"), tuple(rows), frozenset({0, 3})))
 
 
 def export_words(export: Row) -> str:
@@ -108,15 +118,17 @@ def export_words(export: Row) -> str:
     facts = [("file", code(text(export.get("path")))), ("opset", escape(text(export.get("opset"))))]
     facts += [(name, escape(value)) for name, value in tables.parity(export)]
     lines += ["\n".join(f"- {name}: {value}" for name, value in facts if value)]
-    lines += [_bullets(strings(export, "notes"))]
+    lines += [bullets(strings(export, "notes"))]
     return "\n\n".join(line for line in lines if line)
 
 
-def _bullets(lines: Sequence[str]) -> str:
+def bullets(lines: Sequence[str]) -> str:
+    """One item a line, of any text."""
     return "\n".join(f"- {escape(line)}" for line in lines)
 
 
-def _grid(table: Table) -> str:
+def grid(table: Table) -> str:
+    """A table as Markdown, numbers to the right; nothing for an empty one."""
     if not table:
         return ""
     rule = ["---" if i in table.left else "---:" for i in range(len(table.head))]
@@ -126,11 +138,11 @@ def _grid(table: Table) -> str:
 
 def _latency(report: Row) -> str:
     said = [
-        f"{name}: {text(part(report, 'comparisons', name).get('words'))}"
+        f"{tables.spoken(name)}: {text(part(report, 'comparisons', name).get('words'))}"
         for name in tables.runtimes(report)
         if part(report, "comparisons", name).get("words")
     ]
-    return "\n\n".join(block for block in (_bullets(said), _grid(tables.latency(report))) if block)
+    return "\n\n".join(block for block in (bullets(said), grid(tables.latency(report))) if block)
 
 
 def _layers(report: Row) -> Table:

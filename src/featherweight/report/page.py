@@ -8,13 +8,12 @@ forbids the page to load or run anything, so that a hostile layer name would do 
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from functools import lru_cache
 from typing import Any
 
 from featherweight.errors import require
-from featherweight.report import charts, curves, tables, words
+from featherweight.report import charts, curves, tables, timings, words
 from featherweight.report.limits import LIMITS, MAX_BYTES, Limits
 from featherweight.report.tables import part, text
 
@@ -81,7 +80,7 @@ def _view(report: Mapping[str, Any], limits: Limits) -> dict[str, Any]:
         "layers_rest": rest,
         "layers_total": tables.total_row(report),
         "n_layers": n_layers,
-        "latency": [_runtime(report, name, limits.samples) for name in tables.runtimes(report)],
+        "latency": [timings.strips(report, name, limits.samples) for name in tables.runtimes(report)],
         "latency_table": tables.latency(report),
         "sizes": _bars(report),
         "export": export,
@@ -131,15 +130,10 @@ def _byline(report: Mapping[str, Any]) -> list[str]:
 def verdict(report: Mapping[str, Any]) -> dict[str, Any]:
     numbers = [
         {key: text(row.get(key)) for key in ("label", "before", "after", "change")}
-        | {"mood": _mood(row.get("good"), "better", "worse")}
+        | {"mood": words.mood(row.get("good"), "better", "worse", "no real change")}
         for row in tables.items(part(report, "verdict"), "numbers")
     ]
     return {"sentence": text(part(report, "verdict").get("sentence")), "numbers": numbers}
-
-
-def _mood(value: Any, good: str, bad: str, neither: str = "no real change") -> tuple[str, str]:
-    """(CSS class, words) of a yes, a no and a neither: what colour says is always said in words and shape too."""
-    return ("good", good) if value is True else ("bad", bad) if value is False else ("flat", neither)
 
 
 def _stages_note(report: Mapping[str, Any]) -> str:
@@ -154,7 +148,7 @@ def _stage(stage: Mapping[str, Any], rows: int) -> dict[str, Any]:
     selection = [
         {key: text(row.get(key)) for key in ("name", "kind", "action", "reason")}
         | {"shape": tables.shape(row.get("shape")), "parameters": words.count(row.get("parameters"))}
-        | {"target": words.percent(row.get("target"))}
+        | {"target": words.percent(row.get("target", row.get("sparsity"))) if row.get("action") != "kept" else ""}
         for row in tables.items(stage, "selection")
     ]
     return {
@@ -167,77 +161,6 @@ def _stage(stage: Mapping[str, Any], rows: int) -> dict[str, Any]:
         "pruned": sum(row["action"] == "pruned" for row in selection),
         "kept": sum(row["action"] == "kept" for row in selection),
     }
-
-
-def _runtime(report: Mapping[str, Any], name: str, limit: int) -> dict[str, Any]:
-    """The strips of one runtime, before and after, on one axis."""
-    timed = {when: part(report, when, "latency", name) for when in ("before", "after")}
-    samples = {when: _samples(timed[when]) for when in timed}
-    known = [value for values in samples.values() for value in values]
-    known += [
-        value for row in timed.values() for key in ("median_ms", "p90_ms") if (value := _ms(row, key)) is not None
-    ]
-    # One hiccup of the machine must not squeeze all the rest into a line.
-    tails = [
-        (p90, p90 - median)
-        for row in timed.values()
-        if (p90 := _ms(row, "p90_ms")) and (median := _ms(row, "median_ms"))
-    ]
-    top = min([max(known, default=1.0)] + [max(p90 + 4 * spread for p90, spread in tails)] * bool(tails))
-    low = min(known, default=0.0)
-    axis = charts.axis_for([0.0 if low < 0.5 * top else low, max(top, low)], ticks=4)
-    strips = []
-    for when, row in timed.items():
-        if row:
-            label = {"before": "baseline", "after": "compressed"}[when]
-            median, tail = _ms(row, "median_ms"), _ms(row, "p90_ms")
-            numbers = [
-                ("median", words.milliseconds(row.get("median_ms"))),
-                ("p90", words.milliseconds(row.get("p90_ms"))),
-            ]
-            numbers.append(("n", words.count(row.get("n"))))
-            said = ", ".join(f"{key} {value}" for key, value in numbers)
-            picture = charts.strip(_spread(samples[when], limit), axis, f"{name}, {label}: {said}", when, median, tail)
-            strips.append({"label": label, "kind": when, "numbers": numbers, "svg": picture})
-    beyond = sum(value > axis.high for value in known)
-    compared = part(report, "comparisons", name)
-    mood = _mood(compared.get("faster"), "faster", "slower", "no difference beyond noise") if compared else ("", "")
-    return {
-        "name": name,
-        "strips": strips,
-        "scale": charts.scale(axis, words.milliseconds),
-        "mood": mood,
-        "words": text(compared.get("words")),
-        "ratio": _interval(compared),
-        "from_zero": axis.low == 0,
-        "beyond": beyond,
-    }
-
-
-def _ms(timed: Mapping[str, Any], key: str) -> float | None:
-    return words.number(timed.get(key))
-
-
-def _samples(timed: Mapping[str, Any]) -> list[float]:
-    found = timed.get("samples_ms")
-    values = [words.number(value) for value in found] if isinstance(found, list | tuple) else []
-    return [value for value in values if value is not None]
-
-
-def _spread(samples: Sequence[float], limit: int) -> list[float]:
-    """At most `limit` samples at evenly spaced ranks: the same distribution, extremes included."""
-    if len(samples) <= limit:
-        return list(samples)
-    ordered = sorted(samples)
-    return [ordered[math.floor(i * (len(ordered) - 1) / (limit - 1))] for i in range(limit)]
-
-
-def _interval(compared: Mapping[str, Any]) -> str:
-    ratio, low, high = (words.number(compared.get(key)) for key in ("ratio", "low", "high"))
-    if ratio is None:
-        return ""
-    shown = words.digits(ratio)
-    return shown if low is None or high is None else f"{shown} (interval {words.digits(low)} to {words.digits(high)})"
 
 
 def _bars(report: Mapping[str, Any]) -> list[dict[str, Any]]:
@@ -282,11 +205,12 @@ def _export_facts(export: Mapping[str, Any]) -> list[tuple[str, str]]:
 
 def _reproduce(report: Mapping[str, Any]) -> dict[str, Any]:
     found = part(report, "reproduce")
-    groups = [("versions", "Versions"), ("machine", "Machine"), ("data", "Data")]
+    machine = {key: value for key, value in part(found, "machine").items() if key != "versions"}
+    groups = (("Versions", found.get("versions")), ("Machine", machine), ("Data", found.get("data")))
     shown = {
         "command": text(found.get("command")),
         "recipe": text(found.get("recipe")),
         "seed": text(found.get("seed")),
-        "groups": [(title, tables.facts(found.get(key))) for key, title in groups if tables.facts(found.get(key))],
+        "groups": [(title, rows) for title, data in groups if (rows := tables.facts(data))],
     }
     return shown if any(shown.values()) else {}

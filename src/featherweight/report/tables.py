@@ -32,6 +32,7 @@ __all__ = [
     "scorecards",
     "shape",
     "sizes",
+    "spoken",
     "stages",
     "strings",
     "text",
@@ -85,23 +86,46 @@ def strings(data: Any, key: str) -> list[str]:
 
 
 def text(value: Any) -> str:
-    """Anything as one short line of text: strings as they are, JSON for the rest."""
+    """Anything as one short line of text.
+
+    >>> text([{"method": "gradual_pruning", "sparsity": 0.9, "keep": ["stem*", "head"]}, True])
+    'gradual_pruning(sparsity=0.9, keep=[stem*, head]), yes'
+    """
     if value is None:
         return ""
     if isinstance(value, str):
         return value
     if isinstance(value, bool):
         return "yes" if value else "no"
-    if isinstance(value, list | tuple) and not any(isinstance(item, list | tuple | Mapping) for item in value):
+    if isinstance(value, list | tuple):
         return ", ".join(text(item) for item in value)
-    return (
-        json.dumps(value, ensure_ascii=False, default=str) if isinstance(value, list | tuple | Mapping) else str(value)
-    )
+    if isinstance(value, Mapping):
+        rest = dict(value)
+        name = text(rest.pop("method", ""))
+        pairs = []
+        for key, item in rest.items():
+            shown = f"[{text(item)}]" if isinstance(item, list | tuple) else text(item)
+            pairs += [f"{key}={shown}"] if shown not in ("", "[]") else []
+        return f"{name}({', '.join(pairs)})" if name else ", ".join(pairs)
+    return str(value)
 
 
 def facts(data: Any) -> list[tuple[str, str]]:
-    """A dict as (name, value) rows of words, underscores read as spaces and empty values left out."""
-    return [(str(key).replace("_", " "), text(value)) for key, value in part(data).items() if text(value)]
+    """A dict as (name, value) rows of words: a dict in it as rows of its own, empty values left out.
+
+    >>> facts({"train": {"batches": 23, "sha256": "5f1c"}, "memory_bytes": 16_000_000_000, "gpu": None})
+    [('train batches', '23'), ('train sha256', '5f1c'), ('memory', '16.0 GB')]
+    """
+    rows = []
+    for key, value in part(data).items():
+        name = str(key).replace("_", " ")
+        if isinstance(value, Mapping) and "method" not in value:
+            rows += [(f"{name} {inner}", shown) for inner, shown in facts(value)]
+        elif name.endswith(" bytes") and words.number(value) is not None:
+            rows.append((name.removesuffix(" bytes"), words.size(value)))
+        elif text(value):
+            rows.append((name, text(value)))
+    return rows
 
 
 def _table(head: Sequence[str], rows: Iterable[Sequence[str]], left: Iterable[int] = (0,)) -> Table:
@@ -138,10 +162,15 @@ def stages(report: Row) -> Table:
         ("zeros", *(words.percent(words.zeros(card.get("nonzeros"), card.get("parameters"))) for _, card, _ in cards)),
     ]
     rows += [(label, *(say(card.get(key)) for _, card, _ in cards)) for label, key, say in MEASURES]
-    rows += [(f"median, {name}", *(median(card, name) for _, card, _ in cards)) for name in runtimes(report)]
+    rows += [(f"median, {spoken(name)}", *(median(card, name) for _, card, _ in cards)) for name in runtimes(report)]
     rows.append(("time taken", *(words.seconds(stage.get("seconds")) for _, _, stage in cards)))
     shown = tuple(row for row in rows if any(cell != words.MISSING for cell in row[1:]))
     return Table(("", *(name for name, _, _ in cards)), shown)
+
+
+def spoken(runtime: str) -> str:
+    """A runtime as people call it."""
+    return {"torch": "PyTorch", "onnxruntime": "ONNX Runtime", "openvino": "OpenVINO"}.get(runtime, runtime)
 
 
 def median(card: Row, runtime: str) -> str:
@@ -165,7 +194,7 @@ def latency(report: Row) -> Table:
             timed = part(report, when, "latency", runtime)
             if not timed:
                 continue
-            row = [f"{runtime}, {name}"]
+            row = [f"{spoken(runtime)}, {name}"]
             row += [words.milliseconds(timed.get(key)) for key in ("median_ms", "p90_ms", "iqr_ms")]
             row += [words.count(timed.get(key)) for key in ("n", "threads", "batch")]
             rate = timed.get("throughput_per_s")

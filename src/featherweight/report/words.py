@@ -19,6 +19,7 @@ __all__ = [
     "figure",
     "metric",
     "milliseconds",
+    "mood",
     "number",
     "percent",
     "seconds",
@@ -175,3 +176,12 @@ def change(before: Any, after: Any) -> str:
         return "same"
     shown = f"{factor:.2f}" if factor < 1.1 else f"{factor:.1f}" if factor < 100 else f"{factor:.0f}"
     return f"{shown}x {'smaller' if new < old else 'larger'}"
+
+
+def mood(value: Any, good: str, bad: str, neither: str) -> tuple[str, str]:
+    """(name of a look, words) of a yes, a no and a neither: what colour says is always said in words and shape too.
+
+    >>> mood(True, "faster", "slower", "within noise")
+    ('good', 'faster')
+    """
+    return ("good", good) if value is True else ("bad", bad) if value is False else ("flat", neither)
