@@ -48,7 +48,7 @@ BUILDS = {
     "cross, batch first, no bias": {"kdim": 6, "vdim": 10, "bias": False, "batch_first": True},
 }
 MASKS = {
-    "no mask": lambda: {},
+    "no mask": dict,
     "bool mask": lambda: {"attn_mask": bool_mask(QUERIES, KEYS)},
     "float mask": lambda: {"attn_mask": float_mask(QUERIES, KEYS)},
     "bool mask per head": lambda: {"attn_mask": bool_mask(BATCH * HEADS, QUERIES, KEYS)},
