@@ -47,7 +47,7 @@ types: $(INSTALLED) ## Types: mypy, strict
 	$(BIN)/mypy
 
 levels: $(INSTALLED) ## Which room may import which: import-linter
-	$(BIN)/lint-imports
+	$(BIN)/lint-imports --no-logo
 
 pytest: $(INSTALLED) ## Tests, doctests, and the code blocks of README and docs
 	$(BIN)/python -m pytest

@@ -131,15 +131,6 @@ def test_constraints_pin_every_dependency_and_torch_plainly() -> None:
     assert "+" not in pins["torch"]
 
 
-def test_every_method_of_ours_loads_by_its_entry_point() -> None:
-    """The key is the class's name in snake case, which is how recipes and the command line name it."""
-    for key, target in PROJECT["project"]["entry-points"]["featherweight.methods"].items():
-        module, _, name = target.partition(":")
-        method = getattr(importlib.import_module(module), name)
-        assert re.sub(r"(?<!^)(?=[A-Z])", "_", name).lower() == key
-        assert callable(method)
-
-
 def public() -> list[tuple[str, str, Any]]:
     """(room, name, object) of the package and of each room: what their `__all__` lists."""
     found = []
