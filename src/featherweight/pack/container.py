@@ -28,7 +28,7 @@ from featherweight.errors import ArtefactError, nearest
 from featherweight.pack import header
 from featherweight.pack.codecs import CODECS, NO_HINTS, Coded, encode, part_names
 from featherweight.pack.header import Entry, Header, Part
-from featherweight.pack.words import Spec, name_of, typed, words
+from featherweight.pack.words import Spec, typed, words
 
 __all__ = ["load_file", "read_header", "save_file"]
 
@@ -199,7 +199,7 @@ def _reading(path: Path) -> Iterator[BufferedReader]:
         with open(path, "rb") as file:
             yield file
     except ArtefactError as error:
-        raise ArtefactError(f"{path}: {error}. Nothing was loaded; fetch or save the file again.") from None
+        raise ArtefactError(f"{path}: {error}. Nothing was loaded.") from None
     except OSError as error:
         raise ArtefactError(f"{path} could not be read: {error.strerror or error}.") from error
 
@@ -216,11 +216,8 @@ def _check_expected(about: Header, expect: Mapping[str, tuple[tuple[int, ...], t
             close = ", ".join(nearest(name, specs)) or "none"
             raise ArtefactError(f"the model's tensor {name!r} is not in it; nearest in the file: {close}")
         if specs[name] != (tuple(shape), dtype):
-            found = specs[name]
-            raise ArtefactError(
-                f"tensor {name!r} is {name_of(found.dtype)} {list(found.shape)}, and the model's is "
-                f"{name_of(dtype)} {list(shape)}"
-            )
+            wanted = Spec(tuple(shape), dtype)
+            raise ArtefactError(f"tensor {name!r} is {specs[name]}, and the model's is {wanted}")
 
 
 def _read_tensor(file: BufferedReader, start: int, entry: Entry) -> Tensor:
@@ -237,7 +234,7 @@ def _read_tensor(file: BufferedReader, start: int, entry: Entry) -> Tensor:
                 raise ArtefactError("the file ends inside it: it was cut while it was being read")
             crc32 = zlib.crc32(data, crc32)
         if crc32 != entry.crc32:
-            raise ArtefactError("the checksum is wrong: its bytes are damaged")
+            raise ArtefactError("its checksum is wrong, the file is damaged: copy or save it again")
         return typed(CODECS[kind].decode(entry.spec, tuple(params), parts), entry.spec.dtype, entry.spec.shape)
     except ArtefactError as error:
         raise ArtefactError(f"tensor {name!r}: {error}") from None

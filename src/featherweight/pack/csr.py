@@ -40,27 +40,30 @@ def _runs(flat: Words) -> Iterator[tuple[NDArray[np.int64], NDArray[np.int64]]]:
             last = int(at[-1])
 
 
-def _fillers(flat: Words) -> NDArray[np.int64]:
-    """For each b from 0 to 16 the number of fillers; the zeros after the last non-zero are a run like any other."""
-    fillers, last = np.zeros(MOST_BITS + 1, np.int64), -1
+def _fillers(flat: Words, most: int) -> NDArray[np.int64]:
+    """For each b from 0 to `most` the number of fillers; the zeros after the last non-zero are a run like any other."""
+    fillers, last = np.zeros(most + 1, np.int64), -1
     for at, run in _runs(flat):
         last = int(at[-1])
-        for bits in range(1, MOST_BITS + 1):
-            run = run[run > 1] >> 1  # now floor(run / 2**bits), of the runs where that is not zero
-            if not len(run):
-                break
-            fillers[bits] += run.sum()
+        for bits in range(1, most + 1):
+            run = run >> 1  # now floor(run / 2**bits)
+            total = int(run.sum())
+            fillers[bits] += total
+            if total < len(run) // 8:
+                run = run[run > 0]
     tail = len(flat) - 1 - last
-    return fillers + (tail >> np.arange(MOST_BITS + 1))
+    return fillers + (tail >> np.arange(most + 1))
 
 
 def propose(source: Source, hint: tuple[str, ...]) -> Iterator[tuple[str, int]]:
-    """The b that takes the fewest bytes, the smallest such b. Nothing where there is no zero to leave out."""
-    if source.nonzeros == source.spec.length:
+    """The b that takes the fewest bytes, the smallest such b. Nothing where a bitmask is as small whatever the runs."""
+    # K values of b bits or more already cost a bitmask's N bits when b * K >= N.
+    most = min(MOST_BITS, (source.spec.length - 1) // max(1, source.nonzeros))
+    if most < 1:
         return
-    entries = source.nonzeros + _fillers(source.words)
+    entries = source.nonzeros + _fillers(source.words, most)
     sizes = {
-        bits: int(entries[bits]) * source.width + bytes_of(int(entries[bits]), bits) for bits in range(1, MOST_BITS + 1)
+        bits: int(entries[bits]) * source.width + bytes_of(int(entries[bits]), bits) for bits in range(1, most + 1)
     }
     best = min(sizes, key=sizes.__getitem__)
     yield str(best), sizes[best]

@@ -63,14 +63,9 @@ class Header:
 
 def build(entries: Sequence[Entry], ties: Mapping[str, str]) -> bytes:
     """Length prefix and header, padded so that the data begin at a multiple of 8."""
+    # A list, not an object: with four keys for each tensor the header of a small network would be half keys.
     tensors = {
-        entry.coded.name: {
-            "codec": entry.coded.codec,
-            "dtype": entry.coded.dtype,
-            "shape": entry.coded.shape,
-            "crc32": entry.crc32,
-        }
-        for entry in entries
+        entry.coded.name: [entry.coded.codec, entry.coded.dtype, entry.spec.shape, entry.crc32] for entry in entries
     }
     about = _dump({"version": VERSION, "tensors": tensors, "ties": dict(ties)})
     parts = {name: part for entry in entries for name, part in entry.parts.items()}
@@ -104,17 +99,20 @@ def read(file: BinaryIO, size: int) -> Header:
     if len(prefix) < 8 or not len(_START) + 10 <= length <= MOST_BYTES:
         raise ArtefactError("this is no safetensors file (files of torch.save are never read: unpickling runs code)")
     if length > size - 8:
-        raise ArtefactError(f"the header should have {length} bytes, but {size - 8} are there: truncated or foreign")
+        raise ArtefactError(
+            f"the header should have {length} bytes, but {size - 8} are there: it is cut short, or foreign"
+        )
     text = file.read(length)
     if not text.startswith(_START):
         raise ArtefactError("this file was not written by featherweight, or its first bytes are damaged")
     if len(text) != length or text[_DIGITS] != _checksum(prefix, text):
-        raise ArtefactError("the header's checksum is wrong: the file is damaged or was edited")
+        raise ArtefactError("the header's checksum is wrong, the file is damaged or was edited: copy or save it again")
     outer = _strict_json(text, "the header")
     about = _strict_json(_field(outer.pop("__metadata__"), "featherweight", str, "the metadata"), "the metadata")
-    if about.get("version") != VERSION:
+    version = about.get("version")
+    if type(version) is not int or version != VERSION:
         raise ArtefactError(
-            f"version {about.get('version')!r} of the format is not {VERSION}, the one that this featherweight reads: "
+            f"version {version!r} of the format is not {VERSION}, the one that this featherweight reads: "
             "install the release that wrote it"
         )
     _keys(about, {"version", "tensors", "ties"}, "the metadata")
@@ -146,22 +144,23 @@ def _parts(claims: dict[str, Any], size: int) -> dict[str, Part]:
             raise ArtefactError(f"part {name!r} begins at byte {part.start} of the data, not at {end}")
         end = part.stop
     if end != size:
-        raise ArtefactError(f"the parts end at byte {end}, the data at {size}: the file is truncated or was added to")
+        raise ArtefactError(f"the parts end at byte {end}, the data at {size}: the file was cut short or added to")
     return parts
 
 
 def _entry(name: str, claim: Any, parts: dict[str, Part]) -> Entry:
     """Checks what is said of one tensor against its parts, and takes these out of `parts`."""
     where = f"tensor {name!r}"
-    _keys(claim, {"codec", "dtype", "shape", "crc32"}, where)
-    codec, dtype, crc32 = claim["codec"], claim["dtype"], claim["crc32"]
+    if not isinstance(claim, list) or len(claim) != 4:
+        raise ArtefactError(f"{where} should be described by four items: codec, type, shape, checksum")
+    codec, dtype, shape, crc32 = claim
     if not isinstance(codec, str) or codec.partition(":")[0] not in CODECS:
         raise ArtefactError(f"{where}: unknown codec {codec!r}; known: {', '.join(CODECS)}. Install a newer release")
     if not isinstance(dtype, str) or dtype not in DTYPES:
         raise ArtefactError(f"{where}: unknown type {dtype!r}")
     if type(crc32) is not int or not 0 <= crc32 < 1 << 32:
         raise ArtefactError(f"{where}: {crc32!r} is no checksum")
-    spec = Spec(_shape(claim["shape"], where), DTYPES[dtype])
+    spec = Spec(_shape(shape, where), DTYPES[dtype])
     names = part_names(name, codec)
     if missing := [part for part in names.values() if part not in parts]:
         raise ArtefactError(f"{where}: part {missing[0]!r} is missing")

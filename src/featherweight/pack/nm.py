@@ -80,12 +80,12 @@ def _values_shape(spec: Spec, groups: _Groups) -> tuple[int, ...]:
 
 
 @lru_cache(maxsize=16)
-def _patterns(n: int, m: int) -> tuple[NDArray[np.uint16], NDArray[np.uint8]]:
+def _patterns(n: int, m: int) -> tuple[NDArray[np.uint16], Index]:
     """All m-bit numbers with n ones, ascending, and the positions of the ones of each: (C(m, n),) and (C(m, n), n)."""
     numbers = np.arange(1 << m, dtype=np.uint32)
     chosen = numbers[np.bitwise_count(numbers) == n].astype(np.uint16)
     ones = (chosen[:, None] >> np.arange(m, dtype=np.uint16)) & 1
-    return chosen, np.nonzero(ones)[1].reshape(-1, n).astype(np.uint8)
+    return chosen, np.nonzero(ones)[1].reshape(-1, n)
 
 
 def _rows(flat: Words, groups: _Groups) -> Words:
@@ -99,9 +99,10 @@ def _rows(flat: Words, groups: _Groups) -> Words:
 
 def _ones(rows: Words, groups: _Groups) -> Index:
     """The pattern of each group of a slice of rows, bit j for its j-th entry."""
+    nonzero = (rows != 0).view(np.uint8)
     pattern = np.zeros((len(rows), groups.inner), np.uint32)
     for j in range(groups.m):
-        pattern |= (rows[:, j] != 0).astype(np.uint32) << np.uint32(j)
+        pattern |= nonzero[:, j].astype(np.uint32) << np.uint32(j)
     return pattern
 
 
@@ -136,9 +137,9 @@ def encode(source: Source, params: tuple[str, ...]) -> dict[str, Tensor]:
         while (short := np.bitwise_count(pattern) < groups.n).any():
             pattern[short] |= pattern[short] + 1  # the lowest zero becomes a one: its value, a zero, is stored
         ranks[part] = number[pattern]
-        at = places[ranks[part]]
+        chunk, first = rows[part].reshape(-1), _first(rows[part])
         for i in range(groups.n):
-            values[part, i] = _take(rows[part], at[..., i])
+            values[part, i] = chunk[first + (places[:, i] * groups.inner)[ranks[part]]]
     shape = _values_shape(source.spec, groups)
     packed = pack_fields(ranks.reshape(-1), groups.width)
     return {
@@ -165,24 +166,14 @@ def decode(spec: Spec, params: tuple[str, ...], parts: Mapping[str, Tensor]) -> 
     out = blank(groups.total * groups.m, spec.word).reshape(groups.rows, groups.m, groups.inner)
     numbers = ranks.reshape(groups.rows, groups.inner)
     for part in slices(groups.rows, groups.step):
-        at = places[numbers[part]]
+        chunk, first = out[part].reshape(-1), _first(out[part])
         for i in range(groups.n):
-            _put(out[part], at[..., i], values[part, i])
+            chunk[first + (places[:, i] * groups.inner)[numbers[part]]] = values[part, i]
     whole = out.reshape(groups.outer, groups.per_row * groups.m, groups.inner)
     return np.ascontiguousarray(whole[:, : groups.length]).reshape(-1)
 
 
-def _offsets(rows: Words, at: Index) -> Index:
-    """Flat positions, in a contiguous slice of rows, of entry `at[r, c]` of the group at row r and column c."""
-    row, column = np.arange(at.shape[0])[:, None], np.arange(at.shape[1])
-    places: Index = (row * rows.shape[1] + at) * rows.shape[2] + column
-    return places
-
-
-def _take(rows: Words, at: Index) -> Words:
-    taken: Words = rows.reshape(-1)[_offsets(rows, at)]
-    return taken
-
-
-def _put(rows: Words, at: Index, values: Words) -> None:
-    rows.reshape(-1)[_offsets(rows, at)] = values
+def _first(rows: Words) -> Index:
+    """Flat positions, in a contiguous slice of rows, of the first entry of each group; the others are `inner` apart."""
+    row, column = np.arange(rows.shape[0])[:, None], np.arange(rows.shape[2])
+    return np.asarray(row * (rows.shape[1] * rows.shape[2]) + column)

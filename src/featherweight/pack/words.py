@@ -63,6 +63,9 @@ class Spec(NamedTuple):
     shape: tuple[int, ...]
     dtype: torch.dtype
 
+    def __str__(self) -> str:
+        return f"{name_of(self.dtype)} {list(self.shape)}"
+
     @property
     def word(self) -> int:
         """Bytes in a word: the element's, but 8 for complex128, which counts as two words."""

@@ -1,0 +1,87 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Speed and size of packing, on one core: MB of dense data a second, coding (choice, check and fsync included) and back.
+
+    python benchmarks/pack_speed.py [--megabytes 32] [--repeat 5] [--json]
+
+Coding is `save_file`, decoding `load_file`, of one tensor, into a temporary folder; the best of the repeats counts,
+since what else runs on the machine only ever slows it down. The size is of the file, header included.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import tempfile
+import time
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from featherweight.pack import load_file, save_file
+
+
+def tensors(megabytes: int) -> Iterator[tuple[str, Tensor, str]]:
+    """Name, tensor and hint: every codec, and the types that make more words a byte."""
+    generator = torch.Generator().manual_seed(0)
+    rows = megabytes * 250_000 // 4096
+    weight = torch.randn(rows, 4096, generator=generator)
+    for sparsity in (0.0, 0.25, 0.5, 0.75, 0.9, 0.95, 0.99, 1.0):
+        zeros = torch.rand(rows, 4096, generator=generator) < sparsity
+        yield f"float32, {sparsity:.0%} zeros", weight.masked_fill(zeros, 0), ""
+        if sparsity in (0.5, 0.9):
+            half = weight.masked_fill(zeros, 0).bfloat16()
+            yield f"float32 of bf16 values, {sparsity:.0%} zeros", half.float(), ""
+            yield f"bfloat16, {sparsity:.0%} zeros", torch.cat([half, half]), ""
+            bytes_ = (weight * 40).clamp(1, 127).to(torch.int8).masked_fill(zeros, 0)
+            yield f"int8, {sparsity:.0%} zeros", torch.cat([bytes_] * 4), ""
+    for n, m in ((2, 4), (4, 8), (8, 16)):
+        groups = weight.reshape(-1, m)
+        least = groups.abs().topk(m - n, dim=1, largest=False).indices
+        yield f"float32, {n}:{m}", groups.scatter(1, least, 0).reshape(rows, 4096), f"nm:{n}:{m}:1"
+
+
+def measure(name: str, tensor: Tensor, hint: str, repeat: int) -> dict[str, object]:
+    coding, decoding = [], []
+    with tempfile.TemporaryDirectory() as folder:
+        path = os.path.join(folder, "f")
+        for _ in range(repeat):
+            start = time.perf_counter()
+            coded = save_file(path, {"w": tensor}, {"w": hint})["w"]
+            between = time.perf_counter()
+            loaded, _ = load_file(path)
+            decoding.append(time.perf_counter() - between)
+            coding.append(between - start)
+        size = os.path.getsize(path)
+    if not torch.equal(loaded["w"].view(torch.uint8), tensor.view(torch.uint8)):
+        raise SystemExit(f"{name}: what was loaded is not what was saved")
+    megabytes = tensor.nbytes / 1e6
+    return {
+        "tensor": name,
+        "codec": coded.codec,
+        "share_of_dense": round(size / tensor.nbytes, 4),
+        "coding_mb_per_s": round(megabytes / min(coding)),
+        "decoding_mb_per_s": round(megabytes / min(decoding)),
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--megabytes", type=int, default=32, help="dense size of each tensor")
+    parser.add_argument("--repeat", type=int, default=5)
+    parser.add_argument("--json", action="store_true", help="one JSON list instead of a table")
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    found = [measure(*item, options.repeat) for item in tensors(options.megabytes)]
+    if options.json:
+        print(json.dumps(found, indent=1))
+        return
+    print(f"{'tensor':34} {'codec':12} {'of dense':>8} {'coding':>11} {'decoding':>11}")
+    for row in found:
+        speeds = f"{row['coding_mb_per_s']:>6} MB/s {row['decoding_mb_per_s']:>6} MB/s"
+        print(f"{row['tensor']:34} {row['codec']:12} {row['share_of_dense']:8} {speeds}")
+
+
+if __name__ == "__main__":
+    main()
