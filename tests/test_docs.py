@@ -82,11 +82,15 @@ def test_code_runs(block: Block, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 
 @of("toml")
 def test_toml_is_toml(block: Block) -> None:
+    if block.skip:
+        pytest.skip(block.skip)
     assert tomllib.loads(block.text)
 
 
 @of("json")
 def test_json_is_json(block: Block) -> None:
+    if block.skip:
+        pytest.skip(block.skip)
     assert json.loads(block.text)
 
 

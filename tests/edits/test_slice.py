@@ -171,6 +171,8 @@ def test_sizes_are_those_of_a_layer_built_small(case: Case) -> None:
             built = type(layer)(layer.in_channels, layer.out_channels, layer.kernel_size, groups=layer.groups)
         elif isinstance(layer, nn.Linear):
             built = nn.Linear(layer.in_features, layer.out_features)
+        elif isinstance(layer, nn.PReLU):
+            built = nn.PReLU(layer.num_parameters)
         elif isinstance(layer, nn.GroupNorm):
             built = nn.GroupNorm(layer.num_groups, layer.num_channels)
         elif isinstance(layer, nn.modules.batchnorm._NormBase):
