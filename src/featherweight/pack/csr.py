@@ -36,37 +36,46 @@ def _runs(flat: Words) -> Iterator[tuple[NDArray[np.int64], NDArray[np.int64]]]:
         at = np.flatnonzero(flat[part] != 0)
         if len(at):
             at += part.start
-            yield at, np.diff(at, prepend=last) - 1
+            run = np.empty_like(at)
+            run[0] = at[0] - last
+            np.subtract(at[1:], at[:-1], out=run[1:])
+            run -= 1
+            yield at, run
             last = int(at[-1])
 
 
-def _fillers(flat: Words, most: int) -> NDArray[np.int64]:
-    """For each b from 0 to `most` the number of fillers; the zeros after the last non-zero are a run like any other."""
-    fillers, last = np.zeros(most + 1, np.int64), -1
+def _fillers(flat: Words, budget: NDArray[np.int64]) -> NDArray[np.int64]:
+    """For each b the number of fillers, counted until all b are over their budgets, and not a slice further.
+
+    The zeros after the last non-zero are a run like any other.
+    """
+    fillers, last = np.zeros(len(budget), np.int64), -1
     for at, run in _runs(flat):
         last = int(at[-1])
-        for bits in range(1, most + 1):
+        for bits in range(1, len(budget)):
             run = run >> 1  # now floor(run / 2**bits)
             total = int(run.sum())
             fillers[bits] += total
             if total < len(run) // 8:
                 run = run[run > 0]
+        if (fillers > budget)[1:].all():
+            return fillers
     tail = len(flat) - 1 - last
-    return fillers + (tail >> np.arange(most + 1))
+    return fillers + (tail >> np.arange(len(budget)))
 
 
 def propose(source: Source, hint: tuple[str, ...]) -> Iterator[tuple[str, int]]:
-    """The b that takes the fewest bytes, the smallest such b. Nothing where a bitmask is as small whatever the runs."""
-    # K values of b bits or more already cost a bitmask's N bits when b * K >= N.
-    most = min(MOST_BITS, (source.spec.length - 1) // max(1, source.nonzeros))
-    if most < 1:
-        return
-    entries = source.nonzeros + _fillers(source.words, most)
-    sizes = {
-        bits: int(entries[bits]) * source.width + bytes_of(int(entries[bits]), bits) for bits in range(1, most + 1)
-    }
-    best = min(sizes, key=sizes.__getitem__)
-    yield str(best), sizes[best]
+    """The b that takes the fewest bytes, the smallest such b. Nothing where a bitmask is as small for every b."""
+    length, values, width = source.spec.length, source.nonzeros, source.width
+    # K values of b bits and F fillers are more than the N bits of a mask where b * K + (8 * v + b) * F > N.
+    bits = np.arange(1 + min(MOST_BITS, (length - 1) // max(1, values)))
+    budget = (length - values * bits) // (8 * width + bits)
+    fillers = _fillers(source.words, budget) if len(bits) > 1 else budget
+    entries = {b: values + int(fillers[b]) for b in range(1, len(bits)) if fillers[b] <= budget[b]}
+    sizes = {b: count * width + bytes_of(count, b) for b, count in entries.items()}
+    if sizes:
+        best = min(sizes, key=sizes.__getitem__)
+        yield str(best), sizes[best]
 
 
 def encode(source: Source, params: tuple[str, ...]) -> dict[str, Tensor]:
