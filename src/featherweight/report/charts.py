@@ -48,7 +48,7 @@ def axis_for(values: Sequence[float], ticks: int = 4, log: bool = False, tight: 
     (0.01, 0.1, 1.0, 10.0)
     """
     # Beyond 1e100 floats have no room left for ends, steps and ticks.
-    low, high = max(min(values, default=0.0), -1e100), min(max(values, default=1.0), 1e100)
+    low, high = (min(max(end, -1e100), 1e100) for end in (min(values, default=0.0), max(values, default=1.0)))
     if log and low > 1e-100:
         first, last = math.floor(math.log10(low)), math.ceil(math.log10(high))
         decades = range(first, max(last, first + 1) + 1, max(1, (last - first) // 4))

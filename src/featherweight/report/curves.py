@@ -9,6 +9,7 @@ and the deepest dip at one is ringed and named.
 from __future__ import annotations
 
 import statistics
+from bisect import bisect_left, bisect_right
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -117,7 +118,8 @@ def _panel(
     say = {"sparsity": words.percent, "metric": words.metric}.get(key, words.figure)
     sentence = f"from {say(first)} to {say(last)}"
     if series.lost[key]:
-        sentence += f"; {series.lost[key]:,} values are not numbers and leave gaps"
+        n = series.lost[key]
+        sentence += "; 1 value is not a number" if n == 1 else f"; {n:,} values are not numbers"
     mark = None
     if key == "sparsity":
         y = charts.Axis(0.0, 1.0, (0.0, 0.5, 1.0))
@@ -161,12 +163,10 @@ def _dip(points: Sequence[charts.Point], updates: Sequence[float]) -> tuple[tupl
     middle, low, high = statistics.median(values), min(values), max(values)
     sign = 1.0 if middle - low >= high - middle else -1.0
     best: tuple[float, tuple[float, float], float] | None = None
-    position = 0
     for (start, old), (end, new) in pairwise(known):
-        while position < len(updates) and updates[position] < start:
-            position += 1
+        # A reading at the step of an update was taken after it, unless the one before is of the same step.
+        crossed = bisect_right(updates, end) > (bisect_left if start == end else bisect_right)(updates, start)
         drop = sign * (old - new)
-        crossed = position < len(updates) and updates[position] <= end
         if crossed and drop > 0.05 * (high - low) and (best is None or drop > best[0]):
             best = drop, (end, new), old
     return None if best is None else (best[1], best[2])
