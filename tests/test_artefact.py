@@ -140,7 +140,7 @@ def test_a_damaged_or_mixed_folder_is_refused_before_the_model_is_touched(tmp_pa
     fw.save(other, Plan(), tmp_path / "other")
     (tmp_path / "one" / "model.safetensors").write_bytes((tmp_path / "other" / "model.safetensors").read_bytes())
     fresh = sparse_net(3)
-    with pytest.raises(ArtefactError, match="not the file that plan.json was written with"):
+    with pytest.raises(ArtefactError, match=r"not the file that plan\.json was written with"):
         fw.load(fresh, tmp_path / "one")
     plan = tmp_path / "other" / "plan.json"
     plan.write_text(plan.read_text()[:-20])
@@ -202,5 +202,5 @@ def test_state_that_is_not_a_tensor_is_named(tmp_path: Path) -> None:
 
         def set_extra_state(self, state: object) -> None: ...
 
-    with pytest.raises(ArtefactError, match="0._extra_state is dict"):
+    with pytest.raises(ArtefactError, match=r"0\._extra_state is dict"):
         fw.save(nn.Sequential(Odd(2, 2)), Plan(), tmp_path / "run")

@@ -59,7 +59,7 @@ class StageFacts:
     @staticmethod
     def from_dict(data: Mapping[str, Any]) -> StageFacts:
         lists = {name: tuple(data[name]) for name in ("messages", "unmet", "history", "selection")}
-        return StageFacts(**{**data, **lists, "scorecard": Scorecard(**{**data["scorecard"], "latency": {}})})
+        return StageFacts(**{**data, **lists, "scorecard": Scorecard.from_dict(data["scorecard"])})
 
 
 @dataclasses.dataclass(frozen=True)

@@ -204,7 +204,7 @@ class _Run:
             if event["kind"] == "record":
                 history.append(facts)
             elif event["kind"] == "selection":
-                selection.append(facts)
+                selection.append(facts["weight"])
             elif event["kind"] in ("message", "unmet"):
                 (unmet if event["kind"] == "unmet" else messages).append(facts["text"])
             self.tell(event)
@@ -214,8 +214,8 @@ class _Run:
         began = time.perf_counter()
         plan = method(self.model, self.task, stage)
         seconds = time.perf_counter() - began
-        _check_kept(self.model, kept, name)
         _check_finite(self.model, name)
+        _check_kept(self.model, kept, name)
         self.plan += plan
         options = {key: value for key, value in to_dict(method).items() if key != "method"}
         card = score(self.model, self.task, hints=self.plan.formats)

@@ -138,7 +138,7 @@ class Train:
             attached += [hook.attach(model, optimizer, example_inputs=task.example_inputs) for hook in self.hooks]
             for hook in attached:  # which layers a hook acts on and why is a fact for the report, where it has any
                 for chosen in getattr(hook, "selection", ()):
-                    stage.report({"kind": "selection", **dataclasses.asdict(chosen)})
+                    stage.report({"kind": "selection", "weight": dataclasses.asdict(chosen)})
             loop = _Loop(self, model, task, stage, total, optimizer, zeros, attached, accelerator)
             loop.run(data)
         finally:

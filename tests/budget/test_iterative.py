@@ -31,7 +31,7 @@ class ZeroTen:
             raise KeyboardInterrupt
         weight[zeros : zeros + 10] = 0
         stage.report({"kind": "record", "step": 5})
-        stage.report({"kind": "selection", "name": "fc.weight"})
+        stage.report({"kind": "selection", "weight": {"name": "fc.weight"}})
         return Plan(formats={"fc.weight": f"round:{stage.seed}"})
 
 

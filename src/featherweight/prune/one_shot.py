@@ -58,7 +58,7 @@ class Prune(PruningOptions):
     def __call__(self, model: nn.Module, task: Task, stage: Stage) -> Plan:
         targets, selected = choose_layers(model, self, task.example_inputs, lambda parameter: parameter.requires_grad)
         for line in selected:
-            stage.report({"kind": "selection", **dataclasses.asdict(line)})
+            stage.report({"kind": "selection", "weight": dataclasses.asdict(line)})
         refuse_nothing(selected)
         refuse_not_finite(targets, "before pruning")
         weights = involved(targets)
