@@ -1,0 +1,196 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`featherweight bench`: two or more models timed side by side, in each runtime that all of them can run in.
+
+All are interleaved call by call on the same number of threads, so that a machine that slows down does so for all.
+"""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from featherweight.cli import sources
+from featherweight.cli.console import Json, say, table
+from featherweight.errors import ArtefactError, OptionError, nearest
+from featherweight.report import tables, words
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+__all__ = ["bench", "command"]
+
+
+def command(
+    models: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="A [B]", help="ONNX files, folders of runs, or package.module:factory; A is the baseline."
+        ),
+    ],
+    runtime: Annotated[
+        str | None,
+        typer.Option(
+            metavar="LIST", help="torch, onnxruntime, openvino, by commas; by default all that can run all models."
+        ),
+    ] = None,
+    threads: Annotated[int | None, typer.Option(min=1, help="Of every runtime; by default all cores.")] = None,
+    input: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--input", metavar="SHAPE", help="An input's shape, 1x3x224x224; by default what an ONNX file says."
+        ),
+    ] = None,
+    batch: Annotated[int, typer.Option(min=1, help="Where an ONNX file leaves the batch open.")] = 1,
+    model: Annotated[
+        str | None, typer.Option(metavar="NAME", help="package.module:factory that folders are loaded into, for torch.")
+    ] = None,
+    runs: Annotated[int, typer.Option(min=50, help="Timed calls of each.")] = 100,
+    json: Json = False,
+) -> dict[str, Any]:
+    """Times models side by side: median, 90th percentile, and the ratio to the first one with what it is worth.
+
+    \b
+    Example: featherweight bench dense.onnx run/model.onnx --threads 1
+    """
+    names = None if runtime is None else [name.strip() for name in runtime.split(",") if name.strip()]
+    found = bench(models, runtimes=names, threads=threads, inputs=input or (), batch=batch, model=model, runs=runs)
+    if not json:
+        _show(found)
+    return found
+
+
+def bench(
+    models: Sequence[str],
+    *,
+    runtimes: Sequence[str] | None = None,
+    threads: int | None = None,
+    inputs: Sequence[str] = (),
+    batch: int = 1,
+    model: str | None = None,
+    runs: int = 100,
+) -> dict[str, Any]:
+    """Times each of `models` in each runtime, all interleaved; compares each with the first one in the same runtime.
+
+    Raises `OptionError` for a runtime that one of the models cannot run in, `ArtefactError` for files that are missing.
+    """
+    from featherweight import measure
+
+    threads = threads or len(os.sched_getaffinity(0))
+    with tempfile.TemporaryDirectory() as scratch:
+        opened = [_Source(name, model, Path(scratch) / f"{index}.onnx") for index, name in enumerate(models)]
+        chosen = _runtimes(opened, runtimes)
+        examples = sources.parse_inputs(inputs) if inputs else _declared(opened, batch)
+        calls: dict[tuple[str, str], Callable[[], Any]] = {}
+        for name in chosen:
+            for index, source in enumerate(opened):
+                calls[f"{index} {source.name}", name] = _call(source.open(name, threads, examples), examples)
+        items = int(examples[0].shape[0]) if examples and examples[0].ndim else 1
+        timed = measure.time_callables(
+            {f"{label} {name}": call for (label, name), call in calls.items()}, threads=threads, batch=items, runs=runs
+        )
+        sizes = [source.bytes() for source in opened]
+    rows = []
+    for name in chosen:
+        first = timed[f"0 {opened[0].name} {name}"]
+        for index, source in enumerate(opened):
+            latency = timed[f"{index} {source.name} {name}"]
+            row = {"model": source.name, "runtime": name, "bytes": sizes[index], "latency": latency.to_dict()}
+            rows.append({**row, "comparison": measure.compare(first, latency).to_dict() if index else None})
+    shapes = [list(x.shape) for x in examples]
+    return {"inputs": shapes, "threads": threads, "rows": rows, "machine": measure.machine_facts()}
+
+
+class _Source:
+    """One model as it was named, opened in a runtime only when it is asked for."""
+
+    def __init__(self, name: str, factory: str | None, scratch: Path) -> None:
+        self.name, self.factory, self.scratch = name, factory, scratch
+        path = Path(name)
+        self.folder = path if path.is_dir() else None
+        self.module: nn.Module | None = None
+        self.onnx: Path | None = None
+        if path.suffix == ".onnx":
+            self.onnx = path
+        elif self.folder is not None:
+            self.onnx = self.folder / "model.onnx"
+        if self.onnx is not None and not self.onnx.is_file() and factory is None:
+            raise ArtefactError(f"{self.onnx} is not there. featherweight export writes one.")
+        if self.onnx is None:
+            self.module = sources.make_model(name)
+        elif self.folder is not None and factory is not None:
+            from featherweight.artefact import load
+
+            self.module = load(sources.make_model(factory), self.folder)
+
+    def open(self, runtime: str, threads: int, examples: tuple[Tensor, ...]) -> Callable[..., Any]:
+        from featherweight import deploy
+
+        if runtime == "torch":
+            if self.module is None:
+                hint = " Give --model package.module:factory." if self.folder is not None else ""
+                raise OptionError(f"{self.name} cannot run in torch, which needs the model's class.{hint}")
+            return deploy.torch_session(self.module, threads)
+        if self.onnx is None or not self.onnx.is_file():
+            if self.module is None:
+                raise ArtefactError(f"{self.name} has no model.onnx. featherweight export writes one.")
+            deploy.export_onnx(self.module, examples, self.scratch)
+            self.onnx = self.scratch
+        return deploy.session(self.onnx, runtime, threads)
+
+    def bytes(self) -> int | None:
+        """Of the file that ships: the packed one of a folder, else the ONNX file."""
+        file = self.onnx if self.folder is None else self.folder / "model.safetensors"
+        return file.stat().st_size if file is not None and file.is_file() else None
+
+
+def _runtimes(opened: Sequence[_Source], wanted: Sequence[str] | None) -> list[str]:
+    from featherweight.deploy import RUNTIMES, available_runtimes
+
+    known = ("torch", *RUNTIMES)
+    for name in wanted or ():
+        if name not in known:
+            raise OptionError(
+                f"--runtime {name!r} is none of {', '.join(known)}. Nearest: {', '.join(nearest(name, known))}."
+            )
+    if wanted:
+        return list(dict.fromkeys(wanted))
+    in_torch = all(source.module is not None for source in opened)
+    found = [*(["torch"] if in_torch else []), *available_runtimes()]
+    if not found:
+        raise OptionError('No runtime can run all of these. For ONNX files: pip install "featherweight[onnx]".')
+    return found
+
+
+def _declared(opened: Sequence[_Source], batch: int) -> tuple[Tensor, ...]:
+    """Inputs of the shapes that the first ONNX file declares."""
+    file = next((source.onnx for source in opened if source.onnx is not None and source.onnx.is_file()), None)
+    if file is None:
+        raise OptionError("Give --input, the shape that the models take: --input 1x3x224x224, say.")
+    return sources.declared_inputs(file, batch)
+
+
+def _call(session: Callable[..., Any], inputs: tuple[Any, ...]) -> Callable[[], Any]:
+    return lambda: session(*inputs)
+
+
+def _show(found: Mapping[str, Any]) -> None:
+    shapes = ", ".join("x".join(map(str, shape)) for shape in found["inputs"])
+    say(f"input {shapes}, {found['threads']} threads, {found['machine']['cpu']}; calls interleaved")
+    say()
+    rows = [
+        [
+            row["model"],
+            tables.spoken(row["runtime"]),
+            words.size(row["bytes"]),
+            *(words.milliseconds(row["latency"][key]) for key in ("median_ms", "p90_ms", "first_ms")),
+            words.count(row["latency"]["n"]),
+            row["comparison"]["words"] if row["comparison"] else "the baseline",
+        ]
+        for row in found["rows"]
+    ]
+    table(("model", "runtime", "file", "median", "p90", "first call", "n", ""), rows, right=(2, 3, 4, 5, 6))
