@@ -3,7 +3,7 @@
 
 No parametrization and no buffer: state-dict keys, ties, `deepcopy`, export, `torch.compile` and DDP work as before,
 because a pruned weight *is* zero. A hook on the tensor masks its gradient; after each optimizer step the zeros are put
-back, and the optimizer's per-entry state (momentum, second moments) is cleared where they are.
+back, and the optimizer's momentum is cleared where they are.
 """
 
 from __future__ import annotations
@@ -31,6 +31,9 @@ def unwrap(model: nn.Module) -> nn.Module:
 
 
 _BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+# What torch's optimizers divide by the root of. It is one, not zero, where a weight is held: it moves nothing, but the
+# vector library takes the root of a zero six times as slowly, and what only decays ends in denormals, slower still.
+_SECOND_MOMENTS = frozenset(("exp_avg_sq", "max_exp_avg_sq", "square_avg", "sum"))
 
 
 class Zeros:
@@ -92,9 +95,9 @@ class Zeros:
         _clear(parameter, kept)
         if self.optimizer is None:
             return
-        for value in self.optimizer.state.get(parameter, {}).values():
+        for name, value in self.optimizer.state.get(parameter, {}).items():
             if isinstance(value, Tensor) and value.shape == parameter.shape and value.is_floating_point():
-                _clear(value, kept)
+                _clear(value, kept, to_one=name in _SECOND_MOMENTS)
 
     def _mask_gradient(self, key: int, gradient: Tensor) -> Tensor:
         kept = self._held[key][1].to(gradient.device)
@@ -107,12 +110,16 @@ class Zeros:
         return (gradient.view(kept.dtype) & kept).view(gradient.dtype)
 
 
-def _clear(tensor: Tensor, kept: Tensor) -> None:
-    """Zeros in place where `kept` has no bits; a state tensor may be wider than its parameter."""
-    if tensor.element_size() == kept.element_size():
-        tensor.view(kept.dtype).bitwise_and_(kept)
-    else:
-        tensor.masked_fill_(kept == 0, 0.0)
+def _clear(tensor: Tensor, kept: Tensor, to_one: bool = False) -> None:
+    """Sets zeros (or ones) in place where `kept` has no bits; a state tensor may be wider than its parameter."""
+    if tensor.element_size() != kept.element_size():
+        tensor.masked_fill_(kept == 0, float(to_one))
+        return
+    bits = tensor.view(kept.dtype)
+    bits.bitwise_and_(kept)
+    if to_one:
+        one = int(torch.ones((), dtype=tensor.dtype).view(kept.dtype))
+        bits.add_(kept + 1, alpha=one)
 
 
 def existing_zeros(model: nn.Module) -> list[tuple[Weight, Tensor]]:

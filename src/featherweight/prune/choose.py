@@ -70,18 +70,15 @@ def choose(problem: Problem, count: int) -> Tensor:
     """
     held = problem.settled
     free = ~held if problem.allowed is None else ~held & problem.allowed
-    positions = free.nonzero()[:, 0]
-    missing = min(count - int(held.sum()), positions.numel())
+    missing = min(count - int(held.sum()), int(free.sum()))
     if missing <= 0:
         return held
-    scores = _zeros_first(problem.scores, problem.zero)[positions]
+    scores = _zeros_first(problem.scores, problem.zero)
     # The lowest k unsorted cost a seventh of a sort; the largest of them is the threshold.
-    threshold = scores.topk(missing, largest=False, sorted=False).values.max()
-    below, equal = scores < threshold, scores == threshold
-    ties = equal.nonzero()[:, 0][: missing - int(below.sum())]
-    chosen = held.clone()
-    chosen[positions[below]] = True
-    chosen[positions[ties]] = True
+    threshold = scores[free].topk(missing, largest=False, sorted=False).values.max()
+    chosen = held | (free & (scores < threshold))
+    ties = (free & (scores == threshold)).nonzero()[:, 0]
+    chosen[ties[: count - int(chosen.sum())]] = True
     return chosen
 
 
