@@ -84,6 +84,11 @@ def test_a_step_curve_holds_its_value_until_the_next() -> None:
     assert paths(svg, "curve line") == ["M0 100H500V50H1000V0"]
 
 
+def test_a_filled_curve_has_its_area_down_to_the_bottom() -> None:
+    svg = charts.curve(panel([(50, 5.0), (200, 10.0)], fill=True), X)
+    assert paths(svg, "area line") == ["M250 50L1000 0V100H250Z"]
+
+
 def test_mask_updates_and_stage_borders_are_ruled_where_they_happened() -> None:
     svg = charts.curve(panel([(0, 1.0), (200, 2.0)]), X, rules=[20, 40], borders=[100])
     assert paths(svg, "update") == ["M100 0V100M200 0V100"] and paths(svg, "border") == ["M500 0V100"]

@@ -77,20 +77,12 @@ def test_markdown_and_page_have_the_same_headings_but_for_the_pictures() -> None
     assert headings == [words for words in page if words not in ("Verdict", "Training curves")]
 
 
-def test_every_row_of_every_table_has_as_many_cells_as_its_head() -> None:
-    parsed = MARKDOWN.parse(to_markdown(poisoned(small_report())))
-    widths: list[int] = []
-    for token in parsed:
-        if token.type == "table_open":
-            width = None
-        elif token.type == "tr_open":
-            widths.append(0)
-        elif token.type in ("td_open", "th_open"):
-            widths[-1] += 1
-        elif token.type == "tr_close":
-            width = width or widths[-1]
-            assert widths[-1] == width
-    assert len(widths) > 20
+def test_cells_read_back_as_they_were_whatever_is_in_them() -> None:
+    """GitHub drops what stands in cells beyond the head's, so a stray pipe would lose the numbers behind it."""
+    report = {"verdict": {"numbers": [{"label": "a | b", "before": "`|`", "after": "<i>", "change": "1 \\| 2"}]}}
+    cells = [token.children or [] for token in MARKDOWN.parse(to_markdown(report)) if token.type == "inline"]
+    words = ["".join(child.content for child in children) for children in cells]
+    assert words[-6:-2] == ["a | b", "`|`", "<i>", "1 \\| 2"]  # then the heading and words on the export
 
 
 @pytest.mark.parametrize("value", [None, "text", 3, [], {}, [None]], ids=repr)

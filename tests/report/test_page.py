@@ -106,7 +106,7 @@ def test_nothing_on_the_page_can_run_or_load() -> None:
     assert "@import" not in page_text and "url(" not in page_text and "http" not in page_text.replace("http-equiv", "")
 
 
-HOSTILE = "<script>alert(1)</script>\"' onload=x {{7*7}} {% raw %} </style></svg><img src=x onerror=y> &amp; \u202e \x00 \ud800"
+HOSTILE = "<script>alert(1)</script>\"' onload=x {{7*7}} {% raw %} </style></svg><img src=x onerror=y> &amp; | pipe \u202e \x00 \ud800"
 
 
 def poisoned(value: Any) -> Any:
@@ -245,6 +245,9 @@ def test_tables_lists_and_pictures_can_be_read_without_seeing() -> None:
     assert any("from 0 % to 90.0 %" in (a["aria-label"] or "") for a in pictures)
     regions = [a for _, a in reader.tags if a.get("role") == "region"]
     assert regions and all(a["tabindex"] == "0" and a["aria-label"] for a in regions)
+    ids = {a["id"] for _, a in reader.tags if "id" in a}
+    sections = [a.get("aria-labelledby") for tag, a in reader.tags if tag == "section"]
+    assert len(sections) == len(SECTIONS) and set(sections) <= ids
     assert all(a.get("scope") for tag, a in reader.tags if tag == "th")
     assert {"better", "worse", "no real change"} <= {word.strip(": ") for word in reader.text}
 

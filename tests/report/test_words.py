@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from featherweight.report import words
@@ -21,6 +21,13 @@ def test_a_size_reads_back_to_half_a_percent_and_has_three_digits(n: int) -> Non
     assert len(re.sub(r"\D", "", shown).lstrip("0")) <= 3
 
 
+@pytest.mark.parametrize(
+    ("n", "said"), [(99_960, "100 kB"), (999_499, "999 kB"), (999_500, "1.00 MB"), (9_996, "10.0 kB")]
+)
+def test_rounding_carries_into_the_next_digit_and_unit(n: int, said: str) -> None:
+    assert words.size(n) == said
+
+
 @given(st.integers(0, 10**17))
 def test_a_count_is_exact_below_a_million_and_reads_back_above(n: int) -> None:
     shown, _, unit = words.count(n).partition(" ")
@@ -29,9 +36,12 @@ def test_a_count_is_exact_below_a_million_and_reads_back_above(n: int) -> None:
 
 
 @given(st.floats(0, 1))
+@example(0.99996)
+@example(0.00002)
 def test_a_share_is_never_called_all_or_nothing_unless_it_is(share: float) -> None:
     shown = words.percent(share)
     assert (shown == "100 %") == (share == 1) and (shown == "0 %") == (share == 0)
+    assert "100" not in shown or share == 1
     assert abs(float(re.sub(r"[^\d.]", "", shown)) - share * 100) <= 0.1
 
 

@@ -60,6 +60,7 @@ def digits(value: float) -> str:
     """Three significant digits, never in scientific notation for the sizes that occur here."""
     if value == 0:
         return "0"
+    value = float(f"{value:.2e}")  # first, since rounding may carry: 99.96 becomes 100, not 100.0
     exponent = math.floor(math.log10(abs(value)))
     return f"{value:.{max(0, 2 - exponent)}f}" if -6 < exponent < 9 else f"{value:.2e}"
 
