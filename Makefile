@@ -53,7 +53,7 @@ pytest: $(INSTALLED) ## Tests, doctests, and the code blocks of README and docs
 	$(BIN)/python -m pytest
 
 gradual: $(INSTALLED) ## The README's figures on gradual pruning, measured anew
-	$(BIN)/python benchmarks/gradual
+	$(BIN)/python -m benchmarks.gradual all
 
 clean: ## Remove what the checks and builds leave behind, but not .venv
 	rm -rf build dist src/*.egg-info .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis

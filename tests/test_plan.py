@@ -64,7 +64,11 @@ def test_any_plan_survives_being_written_down(plan: Plan) -> None:
     assert all(type(a) is type(b) for a, b in zip(again.edits, plan.edits, strict=True))
 
 
-@given(PLAN, PLAN)
+# Three names only, so that both plans often hint at the same tensor.
+HINTED = st.builds(Plan, st.lists(EDIT, max_size=3).map(tuple), st.dictionaries(st.sampled_from("abc"), NAMES))
+
+
+@given(HINTED, HINTED)
 def test_plans_add_up_in_order_and_the_later_hint_wins(first: Plan, second: Plan) -> None:
     both = first + second
     assert both.edits == (*first.edits, *second.edits)

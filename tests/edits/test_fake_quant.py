@@ -86,6 +86,15 @@ def test_a_model_moved_to_another_type_keeps_its_grid(dtype: torch.dtype) -> Non
     assert layer["fc"](x).dtype == dtype
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_counts_the_steps_of_a_fine_grid_exactly(dtype: torch.dtype) -> None:
+    """1.0 / 0.007 has more digits than bfloat16; rounding it there would land on a neighbour."""
+    made = grid(12, 0.007, 0).to(dtype)
+    x = (torch.randn(500) * 3).to(dtype)
+    expected = rounded(x.float().numpy(), 12, float(made.scale), 0)
+    assert torch.equal(made(x), torch.tensor(expected).to(dtype))
+
+
 class Net(nn.Module):
     """Calls one layer by position, one by keyword, one twice, and has one that is never called."""
 
@@ -100,7 +109,7 @@ class Net(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         h = self.fc(input=self.conv(x).transpose(1, 2))
-        return self.attention(self.again(self.again(h)), h, value=h)[0]
+        return self.attention(value=h, key=h, query=self.again(self.again(h)))[0]
 
 
 @pytest.mark.parametrize("name", ["conv", "fc", "again", "attention"])
@@ -115,7 +124,8 @@ def test_the_first_input_is_rounded_however_the_layer_is_called(name: str) -> No
 
         if args:
             return (by_formula(args[0]), *args[1:]), kwargs
-        return args, {"input": by_formula(kwargs["input"])}
+        first = "input" if "input" in kwargs else "query"
+        return args, {**kwargs, first: by_formula(kwargs[first])}
 
     getattr(plain, name).register_forward_pre_hook(first_rounded, with_kwargs=True)
     apply(model, FakeQuant(name, 3, True))

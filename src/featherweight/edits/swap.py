@@ -37,9 +37,8 @@ class Attention(nn.Module):
     True
     """
 
-    # torch.nn.TransformerEncoderLayer looks these up to decide on its fused path; None says: not for this module.
+    # torch's transformer encoder looks these up to decide on its fused path; so they say: not with this module.
     in_proj_bias = None
-    in_proj_weight = None
     _qkv_same_embed_dim = False
 
     def __init__(self, old: nn.MultiheadAttention) -> None:

@@ -31,5 +31,4 @@ def apply_tie(model: nn.Module, edit: Tie) -> None:
     for module in model.modules():
         for leaf, parameter in list(module._parameters.items()):
             if parameter is not first and id(parameter) in tied:
-                # Not by `_parameters`: a recurrent module keeps a list of its weights, which its setattr renews.
                 setattr(module, leaf, first)
