@@ -168,7 +168,7 @@ def _calls(
 def _follow(weight: Weight, calls: Mapping[str, list[fx.Node]], consumers: Mapping[fx.Node, Weight]) -> Weight | str:
     """The one weight that reads this one's outputs, or why there is none."""
     if weight.kind not in _KINDS:
-        return f"a {weight.kind} weight has no neurons that one other layer reads"
+        return f"weights of kind {weight.kind} have no neurons that one other layer reads"
     if len(calls[weight.name]) != 1:
         return f"it is read {len(calls[weight.name])} times in one forward, and pairs need exactly one"
     [node] = calls[weight.name]

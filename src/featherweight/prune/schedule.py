@@ -29,7 +29,8 @@ def sparsity_at(step: int, begin: int, end: int, initial: float, final: float, s
     if step < begin:
         return initial
     progress = 1.0 if step >= end else (step - begin) / (end - begin)
-    return final + (initial - final) * SCHEDULES[schedule](progress)
+    left = SCHEDULES[schedule](progress)
+    return initial * left + final * (1.0 - left)  # exact at both ends, as the shorter form is not
 
 
 def updates_at(step: int, begin: int, end: int, every: int, schedule: str = "cubic") -> bool:
