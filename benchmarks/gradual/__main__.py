@@ -1,0 +1,75 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`python -m benchmarks.gradual EXPERIMENT`: measures, and writes results/EXPERIMENT.json with all that it was measured on."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from benchmarks.gradual.overhead import overhead
+from benchmarks.gradual.packed import packed
+from benchmarks.gradual.plot import PICTURES, draw
+from benchmarks.gradual.trained import accuracy, dip, small
+from featherweight.measure import machine_facts
+
+RESULTS = Path(__file__).parent / "results"
+PICTURE_FOLDER = Path(__file__).parents[2] / "docs" / "img"
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    options = _options(arguments)
+    names = list(PICTURES) if options.experiment in ("all", "plot") else [options.experiment]
+    paths = {name: options.results / f"{name}.json" for name in names}
+    for name, path in paths.items():
+        if options.experiment != "plot":
+            _measure(name, path, options)
+            print(path)
+    found = {name: json.loads(path.read_text()) for name, path in paths.items() if path.exists()}
+    print(*draw(found, options.pictures), sep="\n")
+
+
+def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.gradual", description=__doc__)
+    parser.add_argument("experiment", choices=[*PICTURES, "plot", "all"])
+    parser.add_argument("--steps", type=int, default=3000, help="training steps of each run")
+    parser.add_argument("--seeds", type=int, default=3, help="runs of each kind")
+    parser.add_argument("--rounds", type=int, default=300, help="timed steps of each kind, for overhead")
+    parser.add_argument("--workers", type=int, default=len(os.sched_getaffinity(0)), help="runs at a time")
+    parser.add_argument("--results", type=Path, default=RESULTS, help="folder of the figures")
+    parser.add_argument("--pictures", type=Path, default=PICTURE_FOLDER, help="folder of the plots")
+    return parser.parse_args(arguments)
+
+
+def _measure(name: str, path: Path, options: argparse.Namespace) -> None:
+    start = time.perf_counter()
+    results = _experiment(name, options)
+    facts = {
+        "command": f"python -m benchmarks.gradual {name}",
+        "options": {key: getattr(options, key) for key in ("steps", "seeds", "rounds", "workers")},
+        "seconds": round(time.perf_counter() - start),
+        "machine": machine_facts(),
+    }
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(facts | results, indent=1) + "\n")
+
+
+def _experiment(name: str, options: argparse.Namespace) -> dict[str, Any]:
+    if name == "accuracy":
+        return accuracy(options.steps, options.seeds, options.workers)
+    if name == "dip":
+        return dip(options.steps, options.workers)
+    if name == "small":
+        wide = options.results / "accuracy.json"
+        if not wide.exists():
+            raise SystemExit("small compares with the networks of `accuracy`: run that first.")
+        return small(options.steps, options.seeds, options.workers, json.loads(wide.read_text()))
+    return overhead(options.rounds) if name == "overhead" else packed()
+
+
+if __name__ == "__main__":
+    main()
