@@ -22,7 +22,17 @@ VERSION = 1
 
 @dataclasses.dataclass(frozen=True)
 class Slice:
-    """Keeps the positions `keep` (ascending) along `axis` of one parameter or buffer, named as in `state_dict`."""
+    """Keeps the positions `keep` (ascending) along `axis` of one parameter or buffer, named as in `state_dict`.
+
+    Saves what the other positions cost, everywhere. A channel that is cut is one slice of each tensor that has it.
+
+    >>> import torch
+    >>> from featherweight import apply
+    >>> layer = torch.nn.Conv2d(3, 8, 1, bias=False)
+    >>> apply(layer, Slice("weight", axis=0, keep=(0, 3, 7)))
+    >>> layer
+    Conv2d(3, 3, kernel_size=(1, 1), stride=(1, 1), bias=False)
+    """
 
     kind: ClassVar[str] = "slice"
     tensor: str
@@ -32,7 +42,17 @@ class Slice:
 
 @dataclasses.dataclass(frozen=True)
 class Factor:
-    """Splits the linear layer `layer` (out x in) at `rank` into in -> rank (no bias) and rank -> out."""
+    """Splits the linear layer `layer` (out x in) at `rank` into in -> rank (no bias) and rank -> out.
+
+    Saves bytes, memory and MACs where rank < out * in / (out + in). The new weights are zero until someone fills them.
+
+    >>> import torch
+    >>> from featherweight import apply
+    >>> model = torch.nn.Sequential(torch.nn.Linear(64, 64))
+    >>> apply(model, Factor("0", rank=8))
+    >>> [tuple(parameter.shape) for parameter in model.parameters()]
+    [(8, 64), (64, 8), (64,)]
+    """
 
     kind: ClassVar[str] = "factor"
     layer: str
@@ -41,7 +61,17 @@ class Factor:
 
 @dataclasses.dataclass(frozen=True)
 class Swap:
-    """Puts one of our modules, named `to`, in the place of `layer`, with values carried over exactly."""
+    """Puts one of our modules, named `to`, in the place of `layer`, with values carried over exactly.
+
+    Saves nothing by itself: it opens a layer to other edits. There is `attention`, for torch's MultiheadAttention.
+
+    >>> import torch
+    >>> from featherweight import apply
+    >>> model = torch.nn.ModuleDict({"attention": torch.nn.MultiheadAttention(8, 2)})
+    >>> apply(model, Swap("attention", to="attention"))
+    >>> model["attention"].q
+    Linear(in_features=8, out_features=8, bias=True)
+    """
 
     kind: ClassVar[str] = "swap"
     layer: str
@@ -50,7 +80,17 @@ class Swap:
 
 @dataclasses.dataclass(frozen=True)
 class Tie:
-    """Makes all `names` (as in `state_dict`) one parameter; the first one's values stay."""
+    """Makes all `names` (as in `state_dict`) one parameter; the first one's values stay.
+
+    Saves the bytes and memory of all but one, and no time.
+
+    >>> import torch
+    >>> from featherweight import apply
+    >>> model = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.Linear(4, 4))
+    >>> apply(model, Tie(("0.weight", "1.weight")))
+    >>> model[0].weight is model[1].weight
+    True
+    """
 
     kind: ClassVar[str] = "tie"
     names: tuple[str, ...]
@@ -58,7 +98,18 @@ class Tie:
 
 @dataclasses.dataclass(frozen=True)
 class FakeQuant:
-    """Rounds the first input of `layer` to a per-tensor grid of `bits` bits; its scale and zero point are buffers."""
+    """Rounds the first input of `layer` to a per-tensor grid of `bits` bits; its scale and zero point are buffers.
+
+    Saves nothing by itself: it lets training and evaluation see what an integer runtime would compute. A symmetric grid
+    has its zero point at 0.
+
+    >>> import torch
+    >>> from featherweight import apply
+    >>> model = torch.nn.Sequential(torch.nn.Linear(4, 4))
+    >>> apply(model, FakeQuant("0", bits=8, symmetric=True))
+    >>> list(model.state_dict())
+    ['0.weight', '0.bias', '0.input_grid.scale', '0.input_grid.zero_point']
+    """
 
     kind: ClassVar[str] = "fake_quant"
     layer: str

@@ -132,6 +132,11 @@ class Stage:
 
     `folder` is None when the run leaves nothing on disk. `report` takes one JSON-able dict an event; a method reports
     facts (`{"step": 10, "loss": 0.3}`) and never draws. The key `kind` says what an event is.
+
+    >>> events = []
+    >>> Stage(report=events.append).report({"kind": "step", "step": 1, "total": 10})
+    >>> events
+    [{'kind': 'step', 'step': 1, 'total': 10}]
     """
 
     name: str = "stage"
