@@ -186,7 +186,7 @@ def test_pairs_that_do_not_fit_are_refused(feeds: dict[str, str], error: Any, me
 
 
 def test_a_tied_consumer_is_refused_by_hand_too() -> None:
-    with pytest.raises(OptionError, match="'mix' cannot feed 'words': words.weight is of kind embedding"):
+    with pytest.raises(OptionError, match=r"'mix' cannot feed 'words': words.weight is of kind embedding"):
         select(MODELS["tied"][0](), None, feeds={"mix": "words"})
     model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(4, 4))
     model[2].weight = model[1].weight

@@ -360,7 +360,7 @@ def test_what_cannot_be_attached_leaves_no_trace() -> None:
     for options in ({"keep": ["*"]}, {"pattern": "1x3"}):
         with pytest.raises(NothingToCompress):
             fw.GradualPruning(0.5, dense=(), **options).attach(layer)
-    with pytest.raises(OptionError, match="the optimizer is str, not a torch.optim.Optimizer"):
+    with pytest.raises(OptionError, match=r"the optimizer is str, not a torch.optim.Optimizer"):
         fw.GradualPruning(0.5, dense=()).attach(layer, "sgd")  # type: ignore[arg-type]
     assert not layer.weight._backward_hooks
 

@@ -124,7 +124,7 @@ def _sum_gradients(
     seen = set()
     for i, loss in enumerate(losses):
         if not bool(loss.isfinite()):
-            raise NumericalError(f"The loss of batch {i} of the data is {float(loss)}; nothing was pruned.")
+            raise NumericalError(f"The loss of batch {i} of the data is {loss.item()}; nothing was pruned.")
         gradients = torch.autograd.grad(loss, list(parameters.values()), allow_unused=True)
         for (name, parameter), gradient in zip(parameters.items(), gradients, strict=True):
             if gradient is not None:
