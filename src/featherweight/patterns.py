@@ -47,7 +47,7 @@ def parse_pattern(text: str) -> Pattern:
     """
     for kind in ("weight", "row", "column", "neuron"):
         if text == kind:
-            return Pattern(kind)  # type: ignore[arg-type]
+            return Pattern(kind)
     match = re.fullmatch(r"(\d+)([:x])(\d+)", text)
     if match and match[2] == ":" and 0 < int(match[1]) < int(match[3]):
         return Pattern("n:m", n=int(match[1]), m=int(match[3]))
