@@ -32,7 +32,8 @@ def apply(model: nn.Module, edit: Edit) -> None:
 
     Saves what the edit removes; `Factor`'s two new layers start at zero, for whoever decided to fill. Parameters that
     stay keep their identity, so ties and optimizers hold; an optimizer's momentum of a sliced parameter is the caller's
-    to cut. No random number is drawn. Raises `EditError`, with the model left as it was, where the edit does not fit.
+    to cut, and DistributedDataParallel, which remembers shapes, is to be wrapped around afterwards. No random number is
+    drawn. Raises `EditError`, with the model left as it was, where the edit does not fit.
 
     >>> from featherweight.plan import Slice
     >>> model = nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 2))
