@@ -1,0 +1,342 @@
+# SPDX-License-Identifier: Apache-2.0
+"""ONNX by torch's torch.export-based exporter: one file, a batch of any size, and nothing written that is not checked.
+
+Tried in this order until a file agrees with the model in ONNX Runtime: a dynamic batch, the example's batch, and both
+again with layers taken apart into plain ops (an LSTM with projections, say, exports to a node that no runtime runs).
+torch's older tracing exporter is no fallback: a trace can be wrong without a word.
+
+Zeros stay zeros: the exporter folds a BatchNorm into its conv and reorders an LSTM's gates, which moves zeros, but
+makes none of them anything else. What it notes of the machine, its paths and the model's source, is taken out.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import importlib.util
+import inspect
+import io
+import logging
+import os
+import re
+import tempfile
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_flatten_with_path, tree_leaves, tree_map, tree_map_only
+
+from featherweight.deploy.failures import explain, is_data_dependent, reason
+from featherweight.deploy.parity import parity
+from featherweight.deploy.sessions import flatten_inputs, sort_keys
+from featherweight.errors import ArtefactError, ExportError, FeatherweightError, OptionError, ParityError, require
+from featherweight.layers import unwrap
+from featherweight.measure import eval_copy, run_once
+from featherweight.task import describe
+
+__all__ = ["Export", "export_onnx"]
+
+# One protobuf message holds less than 2 GiB; the graph itself needs some of it.
+_ONE_FILE_BYTES = 2**31 - 2**25
+
+_PLAIN, _DECOMPOSED = "torch.export", "torch.export, decomposed"
+_ATTEMPTS = ((_PLAIN, True), (_PLAIN, False), (_DECOMPOSED, True), (_DECOMPOSED, False))
+
+
+@dataclasses.dataclass(frozen=True)
+class Export:
+    """What was written. `files` is `path` alone, or with the weights beside it from 2 GB on; `bytes` is of all of them.
+
+    `dynamic_batch` says whether axis 0 may have any size; `exporter` is "torch.export" or "torch.export, decomposed";
+    `notes` are sentences on what was asked for and not possible. Inputs are the example's tensors in order, those of a
+    dict by key.
+    """
+
+    path: Path
+    opset: int
+    bytes: int
+    files: tuple[Path, ...]
+    dynamic_batch: bool
+    exporter: str
+    notes: tuple[str, ...]
+    input_names: tuple[str, ...]
+    output_names: tuple[str, ...]
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-able, paths as text."""
+        return {**dataclasses.asdict(self), "path": str(self.path), "files": [str(file) for file in self.files]}
+
+
+def export_onnx(
+    model: nn.Module,
+    example_inputs: tuple[Any, ...],
+    path: str | Path,
+    *,
+    opset: int = 18,
+    dynamic_batch: bool = True,
+) -> Export:
+    """Writes the model, in eval mode, as an ONNX file, checked in ONNX Runtime before it takes its name.
+
+    Saves neither bytes nor time by itself: weights are stored dense, zeros and all. With `dynamic_batch` axis 0 is
+    "batch" in every tensor whose axis 0 is as long as the first one's; a model that fixes it is exported with the
+    example's batch, and `notes` says so. What is not a tensor in the inputs becomes a constant. The model stays as it is.
+
+    Raises `ExportError` with the cause and the line of the model's code, `ParityError` if no file could be made that
+    answers as the model does, `ArtefactError` if the file cannot be written; in each case nothing is left behind.
+    """
+    if not isinstance(example_inputs, tuple):
+        raise OptionError(f"example_inputs is {describe(example_inputs)}; give a tuple, for one tensor: (x,).")
+    if opset < 18:
+        raise OptionError(
+            f"opset={opset}: torch's exporter is written for opset 18 and converts up from it; give 18 or more."
+        )
+    for package in ("onnx", "onnxscript"):
+        require(package, extra="onnx")
+    path = Path(path)
+    job = _job(unwrap(model), example_inputs, opset)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.") as folder:
+            return _publish(job, _first_that_agrees(job, Path(folder), path.name, dynamic_batch), path)
+    except OSError as error:
+        raise ArtefactError(
+            f"{path} could not be written: {error.strerror or error}. Nothing was left behind; give a folder that is "
+            "writable and has room for the weights."
+        ) from error
+
+
+@dataclasses.dataclass(frozen=True)
+class _Job:
+    """All that an attempt needs: the copy to trace, its inputs, and the names to write."""
+
+    model: nn.Module
+    inputs: tuple[Any, ...]
+    opset: int
+    input_names: tuple[str, ...]
+    output_names: tuple[str, ...]
+    shapes: dict[str, Any]
+    batched: tuple[bool, ...]
+    notes: tuple[str, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class _Made:
+    file: Path
+    exporter: str
+    notes: tuple[str, ...]
+
+
+def _job(model: nn.Module, example_inputs: tuple[Any, ...], opset: int) -> _Job:
+    twin = eval_copy(model)
+    inputs = sort_keys(tree_map_only(Tensor, lambda t: t.detach().clone(), example_inputs))
+    output = run_once(twin, inputs)
+    arguments = dict(inspect.signature(twin.forward).bind(*inputs).arguments)
+    input_names = _names(arguments, taken=set())
+    output_names = _names(output if isinstance(output, dict) else {"output": output}, taken=set(input_names))
+    if not output_names:
+        raise ExportError(f"{type(model).__name__} gives {describe(output)}, no tensor: there is nothing to export.")
+    if any(not isinstance(leaf, Tensor) for leaf in tree_leaves(output)):
+        twin, arguments = _TensorsOnly(twin), {"inputs": inputs}
+    sizes = [leaf.shape[0] if leaf.ndim else None for leaf in flatten_inputs(inputs)]
+    batch = next((size for size in sizes if size is not None), None)
+    notes = [
+        f"Input {name} keeps its axis 0 of {size}: the batch of the example is {batch}."
+        for name, size in zip(input_names, sizes, strict=True)
+        if size is not None and size != batch
+    ]
+
+    def shape(leaf: Any) -> dict[int, str] | None:
+        return {0: "batch"} if isinstance(leaf, Tensor) and leaf.ndim and leaf.shape[0] == batch else None
+
+    return _Job(
+        model=twin,
+        inputs=inputs,
+        opset=opset,
+        input_names=input_names,
+        output_names=output_names,
+        shapes={name: tree_map(shape, value) for name, value in arguments.items()},
+        batched=tuple(size is not None and size == batch for size in sizes),
+        notes=tuple(notes),
+    )
+
+
+class _TensorsOnly(nn.Module):
+    """The model without what it gives beside tensors (None, numbers), for which ONNX has no place."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, *inputs: Any) -> tuple[Tensor, ...]:
+        return tuple(leaf for leaf in tree_leaves(self.model(*inputs)) if isinstance(leaf, Tensor))
+
+
+def _names(values: dict[str, Any], taken: set[str]) -> tuple[str, ...]:
+    """A name for each tensor: its argument, and its place in it where the argument is nested."""
+    names = []
+    for path, leaf in tree_flatten_with_path(values)[0]:
+        if isinstance(leaf, Tensor):
+            keys = [str(getattr(key, "key", getattr(key, "idx", getattr(key, "name", "")))) for key in path]
+            name = re.sub(r"\W", "_", "_".join(keys))
+            while name in taken:
+                name += "_"
+            taken.add(name)
+            names.append(name)
+    return tuple(names)
+
+
+def _first_that_agrees(job: _Job, folder: Path, name: str, dynamic_batch: bool) -> _Made:
+    notes = list(job.notes) if dynamic_batch else []
+    failures: dict[tuple[str, bool], FeatherweightError] = {}
+    for number, (exporter, dynamic) in enumerate(_ATTEMPTS):
+        if dynamic and not dynamic_batch:
+            continue
+        file = folder / str(number) / name
+        file.parent.mkdir()
+        attempt = f"{exporter} with a {'dynamic' if dynamic else 'fixed'} batch"
+        try:
+            _write(job, file, exporter, dynamic)
+        except OSError:
+            raise
+        except Exception as error:
+            failures[exporter, dynamic] = ExportError(explain(error))
+            notes.append(f"{attempt} failed: {reason(error)}.")
+            if is_data_dependent(error) and not dynamic:
+                break
+            continue
+        words, more = _check(job, file, dynamic)
+        if not words:
+            return _Made(file, exporter, (*notes, *more))
+        failures[exporter, dynamic] = ParityError(words)
+        notes.append(f"{attempt} was not kept: {words}.")
+    # The plain attempt with the example's own batch asks for least, so its failure says most.
+    failure = failures.get((_PLAIN, False)) or next(iter(failures.values()))
+    if isinstance(failure, ParityError):
+        raise ParityError(
+            f"No ONNX file was written, since none that could be made answers as the model does: {failure}. If the model "
+            "draws random numbers in eval mode no two runs agree; half precision may need model.float() first."
+        )
+    raise ExportError(f"No ONNX file was written: {failure}")
+
+
+def _write(job: _Job, file: Path, exporter: str, dynamic: bool) -> None:
+    import onnx
+
+    model: Any = job.model
+    with _quiet():
+        if exporter == _DECOMPOSED:
+            # Names of axes are given to the ONNX file below; torch.export finds by itself which can vary.
+            free = tree_map(
+                lambda axes: axes and dict.fromkeys(axes, torch.export.Dim.AUTO), job.shapes, is_leaf=_is_axes
+            )
+            model = torch.export.export(model, job.inputs, dynamic_shapes=free if dynamic else None, strict=False)
+            model = model.run_decompositions()
+        program = torch.onnx.export(
+            model,
+            # A last dict would be taken for keyword arguments, were there not an empty one behind it.
+            (*job.inputs, {}),
+            dynamo=True,
+            verbose=False,
+            opset_version=job.opset,
+            input_names=list(job.input_names),
+            output_names=list(job.output_names),
+            dynamic_shapes=job.shapes if dynamic else None,
+        )
+        written = cast(Any, program).model
+        _strip(written)
+        weights = sum(value.const_value.nbytes for value in written.graph.initializers.values())
+        cast(Any, program).save(str(file), external_data=weights > _ONE_FILE_BYTES)
+        onnx.checker.check_model(str(file))
+
+
+def _is_axes(value: Any) -> bool:
+    return value is None or (isinstance(value, dict) and set(value) == {0})
+
+
+def _strip(written: Any) -> None:
+    """Takes out what the exporter notes beside the graph: stack traces with the model's source and this machine's paths."""
+    graphs = (written.graph, *written.functions.values())
+    nodes = [node for graph in graphs for node in graph.all_nodes()]
+    values = [value for graph in graphs for value in graph.inputs] + [v for node in nodes for v in node.outputs]
+    for noted in (written, *graphs, *nodes, *values, *written.graph.initializers.values()):
+        noted.metadata_props.clear()
+    for node in nodes:
+        node.doc_string = None
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Silences the exporter's console: warnings, log lines, and graphs that it prints before it raises."""
+    loggers = [logging.getLogger(name) for name in ("torch.onnx", "torch.export", "torch.fx", "onnxscript", "onnx_ir")]
+    levels = [logger.level for logger in loggers]
+    try:
+        for logger in loggers:
+            logger.setLevel(logging.ERROR)
+        with (
+            warnings.catch_warnings(),
+            contextlib.redirect_stderr(io.StringIO()),
+            contextlib.redirect_stdout(io.StringIO()),
+        ):
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
+
+
+def _check(job: _Job, file: Path, dynamic: bool) -> tuple[str, list[str]]:
+    """Why the file will not do, if so, and notes. It must answer as the model does, also on a batch never seen before."""
+    notes = []
+    if dynamic and not _facts(file)[1]:
+        dynamic = False
+        notes.append("The batch is fixed: the model's own code, a reshape to a constant say, sets it.")
+    if importlib.util.find_spec("onnxruntime") is None:
+        return "", [*notes, 'Not checked: onnxruntime is not installed. Run: pip install "featherweight[onnx]"']
+    result = parity(job.model, file, [job.inputs, _larger_batch(job)] if dynamic else [job.inputs])
+    return "" if result.passed else result.words.replace(str(file), file.name), notes
+
+
+def _larger_batch(job: _Job) -> tuple[Any, ...]:
+    batched = iter(job.batched)
+    larger: tuple[Any, ...] = tree_map_only(Tensor, lambda t: torch.cat([t, t[:1]]) if next(batched) else t, job.inputs)
+    return larger
+
+
+def _facts(file: Path) -> tuple[Any, bool]:
+    """The file's graph without its weights, and whether any input leaves its axis 0 open."""
+    import onnx
+
+    proto = onnx.load(str(file), load_external_data=False)
+    first_axes = [i.type.tensor_type.shape.dim[0] for i in proto.graph.input if i.type.tensor_type.shape.dim]
+    return proto, any(axis.dim_param for axis in first_axes)
+
+
+def _publish(job: _Job, made: _Made, path: Path) -> Export:
+    """Reads what was written, then gives the files their names: the weights first, so that the graph never lacks them."""
+    proto, dynamic = _facts(made.file)
+    opset = next(entry.version for entry in proto.opset_import if entry.domain in ("", "ai.onnx"))
+    notes = list(made.notes)
+    if made.exporter == _DECOMPOSED:
+        notes.append("Layers are written as plain ops, recurrent ones step by step: the length of sequences is fixed.")
+    if opset != job.opset:
+        notes.append(f"Written at opset {opset}: torch's exporter could not convert it to {job.opset}.")
+    files = sorted(made.file.parent.iterdir(), key=lambda file: file == made.file)
+    if len(files) > 1:
+        notes.append(f"From 2 GB on, weights are kept beside the graph: deploy {len(files)} files together.")
+    total = sum(file.stat().st_size for file in files)
+    for file in files:
+        os.replace(file, path.parent / file.name)
+    return Export(
+        path=path,
+        opset=opset,
+        bytes=total,
+        files=tuple(path.parent / file.name for file in reversed(files)),
+        dynamic_batch=dynamic,
+        exporter=made.exporter,
+        notes=tuple(notes),
+        input_names=tuple(value.name for value in proto.graph.input),
+        output_names=tuple(value.name for value in proto.graph.output),
+    )

@@ -1,0 +1,217 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Runtimes as callables: torch, ONNX Runtime and OpenVINO all called as the model is, with torch tensors out.
+
+One precision (float32 stays float32: OpenVINO would take bfloat16 where the CPU has it), fixed threads, no telemetry
+(OpenVINO's is in its converter, which is not used), and no thread that spins on when a call has ended, so that sessions
+can be timed against each other.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import re
+import textwrap
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
+
+from featherweight.errors import ArtefactError, DataError, OptionError, nearest, require
+from featherweight.measure import eval_copy
+from featherweight.task import describe
+
+__all__ = ["RUNTIMES", "Session", "available_runtimes", "flatten_inputs", "session", "torch_session"]
+
+# Takes a forward call's arguments, gives the output's tensors in their order.
+Run = Callable[[tuple[Any, ...]], Sequence[Tensor]]
+
+
+class Session(nn.Module):
+    """A model in some runtime, called as the model is: `session(x)`, `session(x, mask)`, `session({"ids": ids})`.
+
+    Inputs may be torch tensors or numpy arrays, nested as the model takes them; what is not one of these (a flag, None)
+    was fixed when the model was exported and is skipped. The answer is the model's tensors in their order: one, or a
+    tuple. With `like` (an output of the model) it has that structure, dicts and all.
+
+    A module without parameters, so that `evaluate(session)` may call `.eval()` or `.to()` to no effect.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        run: Run,
+        *,
+        threads: int | None = None,
+        input_names: Sequence[str] = (),
+        output_names: Sequence[str] = (),
+        like: Any = None,
+    ) -> None:
+        super().__init__()
+        self.name = name
+        self.threads = threads
+        self.input_names = tuple(input_names)
+        self.output_names = tuple(output_names)
+        self._run = run
+        self._like = None if like is None else tree_flatten(like)
+
+    def forward(self, *inputs: Any) -> Any:
+        outputs = self._run(inputs)
+        if self._like is None:
+            return outputs[0] if len(outputs) == 1 else tuple(outputs)
+        leaves, structure = self._like
+        remaining = iter(outputs)
+        return tree_unflatten([next(remaining) if isinstance(leaf, Tensor) else leaf for leaf in leaves], structure)
+
+
+def flatten_inputs(inputs: tuple[Any, ...]) -> list[Any]:
+    """The tensors and arrays in a forward call's arguments, in the order of an exported file's inputs.
+
+    Those of a dict come in the order of its sorted keys, whatever order they were put in.
+
+    >>> [int(t) for t in flatten_inputs((torch.tensor(1), {"b": torch.tensor(3), "a": torch.tensor(2)}, None))]
+    [1, 2, 3]
+    """
+    if all(type(value) is Tensor for value in inputs):  # the usual call, on the clock
+        return list(inputs)
+    return [leaf for leaf in tree_leaves(sort_keys(inputs)) if isinstance(leaf, Tensor | np.ndarray)]
+
+
+def sort_keys(value: Any) -> Any:
+    """The same nested data with plain dicts in the order of their keys, as texts."""
+    if type(value) is dict:
+        return {key: sort_keys(value[key]) for key in sorted(value, key=str)}
+    if type(value) in (tuple, list):
+        return type(value)(map(sort_keys, value))
+    return value
+
+
+def session(path: str | Path, runtime: str = "onnxruntime", threads: int | None = None, like: Any = None) -> Session:
+    """Opens an ONNX file in a runtime, on the CPU. `threads` None leaves the number to the runtime.
+
+    Raises `OptionError` for an unknown runtime, `MissingExtra` for one that is not installed, and `ArtefactError` for a
+    file that is missing or that the runtime refuses.
+    """
+    if runtime not in RUNTIMES:
+        raise OptionError(
+            f"runtime {runtime!r} is none of {', '.join(RUNTIMES)}. Nearest: {nearest(runtime, RUNTIMES)}."
+        )
+    if not Path(path).is_file():
+        raise ArtefactError(
+            f"{path} is not there. featherweight.deploy.export_onnx(model, example_inputs, path) writes it."
+        )
+    return RUNTIMES[runtime](Path(path), threads, like)
+
+
+def torch_session(model: nn.Module, threads: int | None = None, like: Any = None) -> Session:
+    """The model itself in PyTorch, eager, as a session: a copy in eval mode that shares its parameters.
+
+    A model made by `torch.compile` is run as it is (a copy would have to compile anew), and must be in eval mode.
+    On CUDA a call returns when the device has done.
+
+    >>> torch_session(nn.Linear(2, 1), threads=1)(torch.zeros(3, 2)).shape
+    torch.Size([3, 1])
+    """
+    compiled = hasattr(model, "_orig_mod")
+    if compiled and model.training:
+        raise OptionError("the compiled model is in training mode; call model.eval() first.")
+    inner = model if compiled else eval_copy(model)
+    on_cuda = any(p.is_cuda for p in model.parameters())
+
+    def run(inputs: tuple[Any, ...]) -> list[Tensor]:
+        before = torch.get_num_threads()
+        try:
+            if threads is not None and threads != before:
+                torch.set_num_threads(threads)
+            with torch.inference_mode():
+                output = inner(*inputs)
+            if on_cuda:
+                torch.cuda.synchronize()
+        finally:
+            if threads is not None and threads != before:
+                torch.set_num_threads(before)
+        return [output] if type(output) is Tensor else [x for x in tree_leaves(output) if isinstance(x, Tensor)]
+
+    return Session("torch", run, threads=threads, like=like)
+
+
+def _onnxruntime(path: Path, threads: int | None, like: Any = None) -> Session:
+    ort = require("onnxruntime", extra="onnx")
+    options = ort.SessionOptions()
+    options.intra_op_num_threads = threads or 0
+    options.inter_op_num_threads = 1
+    # Threads that wait for the next call by spinning would eat the time of whatever is timed in between.
+    options.add_session_config_entry("session.force_spinning_stop", "1")
+    options.log_severity_level = 4  # what fails is raised; the console is the caller's
+    try:
+        engine = ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+    except Exception as error:
+        raise ArtefactError(f"{path}: ONNX Runtime {ort.__version__} refuses it: {_first_line(error)}") from error
+    names = [i.name for i in engine.get_inputs()]
+    outputs = [o.name for o in engine.get_outputs()]
+
+    def run(inputs: tuple[Any, ...]) -> list[Tensor]:
+        feeds = dict(zip(names, _arrays(inputs, names), strict=True))
+        try:
+            return [torch.from_numpy(output) for output in engine.run(outputs, feeds)]
+        except Exception as error:
+            raise DataError(f"{path.name} in ONNX Runtime: {_first_line(error)}") from error
+
+    return Session("onnxruntime", run, threads=threads, input_names=names, output_names=outputs, like=like)
+
+
+def _openvino(path: Path, threads: int | None, like: Any = None) -> Session:
+    openvino = require("openvino", extra="openvino")
+    settings: dict[str, Any] = {"PERFORMANCE_HINT": "LATENCY", "INFERENCE_PRECISION_HINT": "f32"}
+    if threads is not None:
+        settings["INFERENCE_NUM_THREADS"] = threads
+    try:
+        core = openvino.Core()
+        compiled = core.compile_model(core.read_model(str(path)), "CPU", settings)
+    except Exception as error:
+        raise ArtefactError(f"{path}: OpenVINO {openvino.__version__} refuses it: {_last_line(error)}") from error
+    request = compiled.create_infer_request()
+    names = [port.any_name for port in compiled.inputs]
+    outputs = [port.any_name for port in compiled.outputs]
+
+    def run(inputs: tuple[Any, ...]) -> list[Tensor]:
+        arrays = _arrays(inputs, names)
+        try:
+            answer = request.infer(arrays, share_inputs=True)
+        except Exception as error:
+            raise DataError(f"{path.name} in OpenVINO: {_last_line(error)}") from error
+        return [torch.from_numpy(answer[i]) for i in range(len(outputs))]
+
+    return Session("openvino", run, threads=threads, input_names=names, output_names=outputs, like=like)
+
+
+RUNTIMES: Mapping[str, Callable[..., Session]] = {"onnxruntime": _onnxruntime, "openvino": _openvino}
+
+
+def available_runtimes() -> tuple[str, ...]:
+    """The names of `RUNTIMES` whose packages are installed."""
+    return tuple(name for name in RUNTIMES if importlib.util.find_spec(name) is not None)
+
+
+def _arrays(inputs: tuple[Any, ...], names: Sequence[str]) -> list[np.ndarray]:
+    leaves = flatten_inputs(inputs)
+    if len(leaves) != len(names):
+        raise DataError(f"the file takes {len(names)} inputs ({', '.join(names)}), got {describe(inputs)}.")
+    try:
+        return [leaf if isinstance(leaf, np.ndarray) else leaf.detach().cpu().numpy() for leaf in leaves]
+    except TypeError as error:  # numpy has no bfloat16
+        raise DataError(f"{describe(inputs)} cannot be passed as numpy arrays: {error}.") from error
+
+
+def _first_line(error: Exception) -> str:
+    """Without ONNX Runtime's codes in front (`[ONNXRuntimeError] : 1 : FAIL : `) and its C++ names behind."""
+    line = re.sub(r"^\[ONNXRuntimeError\] : \d+ : \w+ : ", "", str(error).strip().partition("\n")[0])
+    return textwrap.shorten(line, 200, placeholder=" ...")
+
+
+def _last_line(error: Exception) -> str:
+    """OpenVINO puts where in its sources first and what happened last."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[-1].strip()
