@@ -7,7 +7,7 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from featherweight.report import tables
+from featherweight.report import tables, words
 from featherweight.report.compare import comparison
 from featherweight.report.limits import LIMITS
 from featherweight.report.tables import Table, part, strings, text
@@ -114,7 +114,7 @@ def export_words(export: Row) -> str:
         return "Not exported."
     if export.get("error"):
         return f"The export failed: {escape(text(export['error']))}"
-    lines = [escape(text(part(export, "parity").get("words")))]
+    lines = [escape(words.sentence(text(part(export, "parity").get("words"))))]
     facts = [("file", code(text(export.get("path")))), ("opset", escape(text(export.get("opset"))))]
     facts += [(name, escape(value)) for name, value in tables.parity(export)]
     lines += ["\n".join(f"- {name}: {value}" for name, value in facts if value)]

@@ -87,7 +87,7 @@ def _view(report: Mapping[str, Any], limits: Limits) -> dict[str, Any]:
         "export_facts": _export_facts(export),
         "parity": tables.parity(export),
         "parity_passed": part(export, "parity").get("passed"),
-        "parity_words": text(part(export, "parity").get("words")),
+        "parity_words": words.sentence(text(part(export, "parity").get("words"))),
         "export_notes": tables.strings(export, "notes"),
         "snippets": tables.load_snippets(report),
         "reproduce": _reproduce(report),
@@ -206,11 +206,11 @@ def _export_facts(export: Mapping[str, Any]) -> list[tuple[str, str]]:
 def _reproduce(report: Mapping[str, Any]) -> dict[str, Any]:
     found = part(report, "reproduce")
     machine = {key: value for key, value in part(found, "machine").items() if key != "versions"}
-    groups = (("Versions", found.get("versions")), ("Machine", machine), ("Data", found.get("data")))
+    versions = {"seed": found.get("seed"), **part(found, "versions")}
+    groups = (("Seed and versions", versions), ("Machine", machine), ("Data", found.get("data")))
     shown = {
         "command": text(found.get("command")),
         "recipe": text(found.get("recipe")),
-        "seed": text(found.get("seed")),
         "groups": [(title, rows) for title, data in groups if (rows := tables.facts(data))],
     }
     return shown if any(shown.values()) else {}

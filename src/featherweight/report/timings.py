@@ -86,7 +86,7 @@ def _sentence(compared: Mapping[str, Any]) -> str:
     """What the comparison says in its own words, or else its numbers."""
     said = text(compared.get("words"))
     if said:
-        return f"{said[:1].upper()}{said[1:].rstrip('.')}."
+        return words.sentence(said)
     ratio, low, high = (words.number(compared.get(key)) for key in ("ratio", "low", "high"))
     if ratio is None:
         return ""

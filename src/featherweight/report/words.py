@@ -23,6 +23,7 @@ __all__ = [
     "number",
     "percent",
     "seconds",
+    "sentence",
     "size",
     "zeros",
 ]
@@ -98,7 +99,8 @@ def size(value: Any) -> str:
 
 
 def milliseconds(value: Any) -> str:
-    """
+    """A time in milliseconds, three digits.
+
     >>> milliseconds(0.8412), milliseconds(12.0)
     ('0.841 ms', '12.0 ms')
     """
@@ -107,7 +109,8 @@ def milliseconds(value: Any) -> str:
 
 
 def seconds(value: Any) -> str:
-    """
+    """A duration in the units that fit it.
+
     >>> seconds(12.34), seconds(245), seconds(4350)
     ('12.3 s', '4 min 5 s', '1 h 12 min')
     """
@@ -188,3 +191,12 @@ def mood(value: Any, good: str, bad: str, neither: str) -> tuple[str, str]:
     ('good', 'faster')
     """
     return ("good", good) if value is True else ("bad", bad) if value is False else ("flat", neither)
+
+
+def sentence(said: str) -> str:
+    """Words as a sentence: a capital in front, one full stop behind.
+
+    >>> sentence("1.31x faster"), sentence("no faster."), sentence("")
+    ('1.31x faster.', 'No faster.', '')
+    """
+    return f"{said[:1].upper()}{said[1:].rstrip('.')}." if said else ""
