@@ -107,3 +107,46 @@ def test_only_zeros_that_pruning_made_are_read_as_such() -> None:
 def test_unwrap_sees_through_compile() -> None:
     layer = nn.Linear(2, 2)
     assert unwrap(nn.DataParallel(torch.compile(layer))) is layer
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_zeros_are_exact_in_every_dtype_and_layout_whatever_stood_there(
+    dtype: torch.dtype, layout: torch.memory_format
+) -> None:
+    """-1.5, NaN and infinity become +0.0; every other entry keeps its bits. Oracle: torch.where."""
+    values = torch.randn(4, 6, 3, 3).to(dtype)
+    values.view(-1)[:4] = torch.tensor([-1.5, torch.nan, torch.inf, -torch.inf]).to(dtype)
+    pruned = torch.rand(4, 6, 3, 3) < 0.5
+    pruned.view(-1)[:4] = True
+    parameter = nn.Parameter(values.clone().to(memory_format=layout))
+    zeros = Zeros()
+    zeros.hold(parameter, pruned)
+    bits = {2: torch.int16, 4: torch.int32, 8: torch.int64}[values.element_size()]
+    expected = torch.where(pruned, torch.zeros((), dtype=dtype), values).view(bits)
+    assert torch.equal(parameter.detach().contiguous().view(bits), expected)
+    assert torch.equal(zeros.pruned(parameter), pruned)
+    assert [(p is parameter, torch.equal(mask, pruned)) for p, mask in zeros] == [(True, True)]
+    (parameter * torch.inf).sum().backward()  # gradients of infinity and, at the zeros, of NaN behind it
+    assert (parameter.grad[pruned] == 0).all() and parameter.grad[~pruned].isinf().all()
+
+
+def test_states_wider_than_their_parameter_are_held_too_and_second_moments_are_one() -> None:
+    """Optimizers of their own keep float32 states of half-precision parameters. On a CPU the root of one is cheap."""
+    parameter = nn.Parameter(torch.randn(6, 6).bfloat16())
+    optimizer = torch.optim.SGD([parameter], lr=0.1)
+    pruned = torch.rand(6, 6) < 0.5
+    for dtype in (torch.float32, torch.bfloat16):
+        optimizer.state[parameter] = {
+            "exp_avg": torch.rand(6, 6).to(dtype) + 2,
+            "exp_avg_sq": torch.rand(6, 6).to(dtype) + 2,
+            "step": torch.tensor(3.0),
+            "count": torch.full((6, 6), 7),
+        }
+        before = {name: value.clone() for name, value in optimizer.state[parameter].items()}
+        Zeros(optimizer).hold(parameter, pruned)
+        state = optimizer.state[parameter]
+        for name, value in (("exp_avg", 0.0), ("exp_avg_sq", 1.0)):
+            assert (state[name][pruned] == value).all()
+            assert torch.equal(state[name][~pruned], before[name][~pruned])
+        assert state["step"] == 3 and (state["count"] == 7).all()

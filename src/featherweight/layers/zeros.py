@@ -31,8 +31,9 @@ def unwrap(model: nn.Module) -> nn.Module:
 
 
 _BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
-# What torch's optimizers divide by the root of. It is one, not zero, where a weight is held: it moves nothing, but the
-# vector library takes the root of a zero six times as slowly, and what only decays ends in denormals, slower still.
+# What torch's optimizers divide by the root of. On a CPU it is one, not zero, where a weight is held: it moves nothing,
+# but the vector library takes the root of a zero six times as slowly, and what only decays ends in denormals, slower
+# still.
 _SECOND_MOMENTS = frozenset(("exp_avg_sq", "max_exp_avg_sq", "square_avg", "sum"))
 
 
@@ -56,7 +57,7 @@ class Zeros:
         """Holds the entries where `pruned` (bool, the parameter's shape) is True at zero, instead of any held before."""
         key = id(parameter)
         kept = torch.empty_like(parameter, dtype=_BITS[parameter.element_size()], requires_grad=False)
-        kept.fill_(-1).masked_fill_(pruned.to(kept.device), 0)
+        kept.copy_(pruned).sub_(1)  # True is 0, False is -1, which is all ones
         self._held[key] = (parameter, kept)
         if key not in self._hooks and parameter.requires_grad:
             self._hooks[key] = parameter.register_hook(  # type: ignore[no-untyped-call]
@@ -97,14 +98,16 @@ class Zeros:
             return
         for name, value in self.optimizer.state.get(parameter, {}).items():
             if isinstance(value, Tensor) and value.shape == parameter.shape and value.is_floating_point():
-                _clear(value, kept, to_one=name in _SECOND_MOMENTS)
+                _clear(value, kept, to_one=value.is_cpu and name in _SECOND_MOMENTS)
 
     def _mask_gradient(self, key: int, gradient: Tensor) -> Tensor:
         kept = self._held[key][1].to(gradient.device)
         if gradient.is_sparse:  # an embedding with sparse=True
             gradient = gradient.coalesce()
             values = gradient.values().masked_fill(kept[tuple(gradient.indices())] == 0, 0.0)
-            return torch.sparse_coo_tensor(gradient.indices(), values, gradient.shape, is_coalesced=True)
+            return torch.sparse_coo_tensor(
+                gradient.indices(), values, gradient.shape, is_coalesced=True, check_invariants=False
+            )
         if gradient.element_size() != kept.element_size():
             return gradient.masked_fill(kept == 0, 0.0)
         return (gradient.view(kept.dtype) & kept).view(gradient.dtype)

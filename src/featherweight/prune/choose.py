@@ -55,10 +55,10 @@ def candidates_n_of_m(scores: Tensor, held: Tensor, zero: Tensor, n: int, m: int
 
 def most(problem: Problem, cap: float = 1.0) -> int:
     """How many units may go at most: `cap` of them, one less than all, those allowed; but what is held stays."""
-    free = problem.units - 1 if problem.allowed is None else int(problem.allowed.sum())
+    free = problem.units - 1 if problem.allowed is None else int(problem.allowed.count_nonzero())
     # A cap of 0.1 of 30 units is 3, though 0.1 * 30 is a little more and 0.7 * 10 a little less than a whole number.
     limit = min(free, int(cap * problem.units + 1e-9))
-    return max(limit, int(problem.settled.sum()))
+    return max(limit, int(problem.settled.count_nonzero()))
 
 
 def choose(problem: Problem, count: int) -> Tensor:
@@ -70,16 +70,18 @@ def choose(problem: Problem, count: int) -> Tensor:
     """
     held = problem.settled
     free = ~held if problem.allowed is None else ~held & problem.allowed
-    missing = min(count - int(held.sum()), int(free.sum()))
+    missing = min(count - int(held.count_nonzero()), int(free.count_nonzero()))
     if missing <= 0:
         return held
-    scores = _zeros_first(problem.scores, problem.zero)
+    scores = _zeros_first(problem.scores, problem.zero & free)
     # The lowest k unsorted cost a seventh of a sort; the largest of them is the threshold.
     threshold = scores[free].topk(missing, largest=False, sorted=False).values.max()
-    chosen = held | (free & (scores < threshold))
-    ties = (free & (scores == threshold)).nonzero()[:, 0]
-    chosen[ties[: count - int(chosen.sum())]] = True
-    return chosen
+    below, ties = free & (scores < threshold), free & (scores == threshold)
+    missing -= int(below.count_nonzero())
+    if missing < int(ties.count_nonzero()):
+        positions = ties.nonzero()[:missing, 0]
+        ties = torch.zeros_like(ties).index_fill_(0, positions, True)
+    return held | below | ties
 
 
 def choose_globally(problems: Sequence[Problem], limits: Sequence[int], sparsity: float) -> list[Tensor]:
@@ -119,4 +121,4 @@ def _choose_by_weight(problem: Problem, sizes: Tensor, goal: float) -> Tensor:
 
 
 def _zeros_first(scores: Tensor, zero: Tensor) -> Tensor:
-    return scores.masked_fill(zero, torch.finfo(scores.dtype).min)
+    return scores.masked_fill(zero, torch.finfo(scores.dtype).min) if int(zero.count_nonzero()) else scores

@@ -174,13 +174,13 @@ class Pruner:
 
     def _hold(self, masks: Masks) -> None:
         for parameter, mask in masks.items():
-            if bool(mask.any()):
+            if int(mask.count_nonzero()):
                 self._zeros.hold(parameter, mask)
 
     def _measure(self) -> float:
         held = self._held()
         own = [target.weight.parameter for target in self._targets]
-        zeros = sum(int(held[parameter].sum()) for parameter in own if parameter in held)
+        zeros = sum(int(held[parameter].count_nonzero()) for parameter in own if parameter in held)
         return zeros / sum(parameter.numel() for parameter in own)
 
     def _update(self) -> bool:
