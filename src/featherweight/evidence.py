@@ -160,7 +160,7 @@ def _export(evidence: Evidence, folder: Path, warnings: list[str], tell: Tell) -
     model, inputs = evidence.model, evidence.task.example_inputs
     try:
         made = deploy.export_onnx(model, inputs, path)
-        parity = deploy.parity(model, path, [inputs])
+        parity = deploy.parity(model, path, deploy.sample_inputs(model, inputs))
     except FeatherweightError as error:
         warnings.append(f"No ONNX file that can be trusted: {error}")
         return {"path": None, "error": str(error)}
@@ -227,6 +227,7 @@ def _report(
         "tool": {"name": "featherweight", "version": __version__},
         "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "title": kind.__name__,
+        "higher_is_better": task.higher_is_better,
         "verdict": verdict(before, after, comparisons, task.higher_is_better),
         "stages": [facts.to_dict() for facts in evidence.stages],
         "before": before.to_dict(),

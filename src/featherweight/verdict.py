@@ -7,10 +7,9 @@ from collections.abc import Mapping
 from typing import Any
 
 from featherweight.measure import Comparison, Scorecard
+from featherweight.report import tables, words
 
 __all__ = ["verdict"]
-
-_SPOKEN = {"torch": "PyTorch", "onnxruntime": "ONNX Runtime", "openvino": "OpenVINO"}
 
 
 def verdict(
@@ -19,9 +18,9 @@ def verdict(
     """The head of the report: `{"sentence": ..., "numbers": [five of label, before, after, change, good]}`."""
     numbers = [
         _metric(before, after, higher_is_better),
-        _less("on disk", before.dense_bytes, after.packed_bytes or after.dense_bytes, _bytes, "smaller", "larger"),
-        _less("non-zero parameters", before.nonzeros, after.nonzeros, _count, "fewer", "more"),
-        _less("MACs, counting zeros", before.macs, after.macs, _count, "fewer", "more"),
+        _less("on disk", before.dense_bytes, after.packed_bytes or after.dense_bytes, words.size, "smaller", "larger"),
+        _less("non-zero parameters", before.nonzeros, after.nonzeros, words.count, "fewer", "more"),
+        _less("MACs, counting zeros", before.macs, after.macs, words.count, "fewer", "more"),
         _latency(before, after, comparisons),
     ]
     kept = [number for number in numbers if number is not None]
@@ -33,14 +32,12 @@ def _sentence(before: Scorecard, after: Scorecard, comparisons: Mapping[str, Com
     parts = [f"{size:.1f}x smaller on disk" if size >= 1.05 else "No smaller on disk"]
     if before.metric is not None and after.metric is not None:
         n = f" (n = {after.samples})" if after.samples else ""
-        parts.append(f"{after.metric_name} {_figure(before.metric)} → {_figure(after.metric)}{n}")
-    faster = [f"{c.ratio:.2f}x faster in {_SPOKEN.get(name, name)}" for name, c in comparisons.items() if c.faster]
+        parts.append(f"{after.metric_name} {words.metric(before.metric)} → {words.metric(after.metric)}{n}")
+    faster = [f"{c.ratio:.2f}x faster in {tables.spoken(name)}" for name, c in comparisons.items() if c.faster]
     slower = [
-        f"{1 / c.ratio:.2f}x slower in {_SPOKEN.get(name, name)}"
-        for name, c in comparisons.items()
-        if c.faster is False
+        f"{1 / c.ratio:.2f}x slower in {tables.spoken(name)}" for name, c in comparisons.items() if c.faster is False
     ]
-    same = [_SPOKEN.get(name, name) for name, c in comparisons.items() if c.faster is None]
+    same = [tables.spoken(name) for name, c in comparisons.items() if c.faster is None]
     parts += faster + slower
     if same:
         parts.append(f"no faster beyond noise in {_and(same)}")
@@ -53,7 +50,7 @@ def _metric(before: Scorecard, after: Scorecard, higher_is_better: bool) -> dict
     change = after.metric - before.metric
     good = None if change == 0 else (change > 0) == higher_is_better
     label = after.metric_name + (f" (n = {after.samples})" if after.samples else "")
-    return _number(label, _figure(before.metric), _figure(after.metric), f"{change:+.4g}", good)
+    return _number(label, words.metric(before.metric), words.metric(after.metric), f"{change:+.4g}", good)
 
 
 def _less(label: str, before: float, after: float, spell: Any, fewer: str, more: str) -> dict[str, Any]:
@@ -73,30 +70,14 @@ def _latency(before: Scorecard, after: Scorecard, comparisons: Mapping[str, Comp
     change = "within noise"
     if comparison.faster is not None:
         change = f"{comparison.ratio:.2f}x faster" if comparison.faster else f"{1 / comparison.ratio:.2f}x slower"
-    label = f"median latency, {_SPOKEN.get(name, name)}, batch {second.batch}"
-    return _number(label, f"{first.median_ms:.3g} ms", f"{second.median_ms:.3g} ms", change, comparison.faster)
+    label = f"median latency, {tables.spoken(name)}, batch {second.batch}"
+    return _number(
+        label, words.milliseconds(first.median_ms), words.milliseconds(second.median_ms), change, comparison.faster
+    )
 
 
 def _number(label: str, before: str, after: str, change: str, good: bool | None) -> dict[str, Any]:
     return {"label": label, "before": before, "after": after, "change": change, "good": good}
-
-
-def _figure(value: float) -> str:
-    return f"{value:.4f}" if abs(value) < 10 else f"{value:.2f}"
-
-
-def _bytes(value: float) -> str:
-    for unit, size in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
-        if value >= size:
-            return f"{value / size:.3g} {unit}"
-    return f"{value:.0f} B"
-
-
-def _count(value: float) -> str:
-    for unit, size in (("G", 1e9), ("M", 1e6), ("k", 1e3)):
-        if value >= size:
-            return f"{value / size:.3g} {unit}"
-    return f"{value:.0f}"
 
 
 def _and(words: list[str]) -> str:

@@ -49,6 +49,13 @@ def test_where_less_is_better_the_dip_is_a_peak() -> None:
     assert "100.0 to 180.0 at step 30" in titles(run(history))["metric"]
 
 
+def test_what_the_report_says_of_better_and_worse_decides() -> None:
+    """The tail is longer above, where a reader would guess that more is worse."""
+    points = [(0.0, 0.5), (10.0, 0.9), (20.0, 0.4), (30.0, 0.5)]
+    assert _dip(points, [5.0, 15.0], True) == ((20.0, 0.4), 0.9)
+    assert _dip(points, [5.0, 15.0], False) == ((10.0, 0.9), 0.5)
+
+
 def test_a_metric_that_only_rises_has_no_dip() -> None:
     history = [{"step": s, "sparsity": 0.1 * (s // 10), "metric": 1 - 1 / s} for s in range(5, 100, 5)]
     assert "dip" not in titles(run(history))["metric"]

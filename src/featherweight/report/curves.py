@@ -49,6 +49,7 @@ class _Series:
     updates: list[float]
     borders: list[float]
     stages: list[str]
+    higher_is_better: bool | None  # None: the report does not say
 
 
 def curves(report: Mapping[str, Any], limit: int) -> Curves | None:
@@ -79,7 +80,10 @@ def curves(report: Mapping[str, Any], limit: int) -> Curves | None:
 
 
 def _series(report: Mapping[str, Any]) -> _Series:
-    found = _Series({key: [] for key in KEYS}, dict.fromkeys(KEYS, 0), [], [], [])
+    better = report.get("higher_is_better")
+    found = _Series(
+        {key: [] for key in KEYS}, dict.fromkeys(KEYS, 0), [], [], [], better if isinstance(better, bool) else None
+    )
     end: float | None = None
     for stage in tables.items(report, "stages"):
         rows = [row for row in tables.items(stage, "history") if words.number(row.get("step")) is not None]
@@ -129,7 +133,7 @@ def _panel(
     else:
         y = charts.axis_for([*known, 0.0] if key == "lr" else known, ticks=2 if key == "lr" else 4)
     if key == "metric":
-        found = _dip(series.points[key], series.updates)
+        found = _dip(series.points[key], series.updates, series.higher_is_better)
         if found is not None:
             mark, before = found
             sentence += (
@@ -150,18 +154,22 @@ def _panel(
     return title, sentence, charts.curve(panel, x, rules, series.borders)
 
 
-def _dip(points: Sequence[charts.Point], updates: Sequence[float]) -> tuple[tuple[float, float], float] | None:
+def _dip(
+    points: Sequence[charts.Point], updates: Sequence[float], higher_is_better: bool | None = None
+) -> tuple[tuple[float, float], float] | None:
     """The point after the largest worsening between two readings with a mask update in between, and the value before.
 
-    The report does not say which way is better, but bad readings are the rare and far ones: the side of the median
-    with the longer tail is the bad one. Jumps under 5 % of the range are noise, not dips.
+    Where the report does not say which way is better, bad readings are taken to be the rare and far ones: the side of
+    the median with the longer tail is the bad one. Jumps under 5 % of the range are noise, not dips.
     """
     known = [(step, value) for step, value in points if value is not None]
     if len(known) < 3 or not updates:
         return None
     values = [value for _, value in known]
     middle, low, high = statistics.median(values), min(values), max(values)
-    sign = 1.0 if middle - low >= high - middle else -1.0
+    if higher_is_better is None:
+        higher_is_better = middle - low >= high - middle
+    sign = 1.0 if higher_is_better else -1.0
     best: tuple[float, tuple[float, float], float] | None = None
     for (start, old), (end, new) in pairwise(known):
         # A reading at the step of an update was taken after it, unless the one before is of the same step.
