@@ -12,12 +12,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
 
 from featherweight.errors import DataError, OptionError
 from featherweight.task import describe
 
-__all__ = ["eval_copy", "run_once"]
+__all__ = ["eval_copy", "higher_order", "run_once"]
 
 
 def eval_copy(model: nn.Module) -> nn.Module:
@@ -55,9 +56,9 @@ def run_once(model: nn.Module, example_inputs: tuple[Any, ...]) -> Any:
 
     Raises `DataError` that shows the inputs if the model does not take them.
     """
-    inputs = tree_map_only(Tensor, lambda t: t.detach().clone(), example_inputs)
     devices = {p.device for p in model.parameters() if p.device.type == "cuda"}
     with torch.no_grad(), torch.random.fork_rng(devices=list(devices)):
+        inputs = tree_map_only(Tensor, torch.clone, example_inputs)
         try:
             return model(*inputs)
         except Exception as error:
@@ -65,3 +66,12 @@ def run_once(model: nn.Module, example_inputs: tuple[Any, ...]) -> Any:
                 f"{type(model).__name__} could not be called with example_inputs {describe(example_inputs)}: "
                 f"{type(error).__name__}: {error}. example_inputs is the tuple of positional arguments of one forward call."
             ) from error
+
+
+def higher_order(mode: TorchDispatchMode, func: Any, args: Any, kwargs: Any) -> Any:
+    """For a mode that watches ops: of `torch.cond` the branch that is taken, watched; another op of ops, unwatched."""
+    if func is not torch.ops.higher_order.cond:
+        return func(*args, **kwargs)
+    predicate, yes, no, operands = args
+    with mode:
+        return (yes if predicate else no)(*operands)

@@ -94,10 +94,9 @@ def _layers(model: nn.Module, work: Work) -> tuple[LayerCounts, ...]:
     seen: set[int] = set()
     found = []
     for name, module in model.named_modules():
-        owned = [p for p in module._parameters.values() if p is not None]
-        buffers = [
-            b for n, b in module._buffers.items() if b is not None and n not in module._non_persistent_buffers_set
-        ]
+        owned = list(module.parameters(recurse=False))
+        passing: set[str] = getattr(module, "_non_persistent_buffers_set", set())
+        buffers = [buffer for leaf, buffer in module.named_buffers(recurse=False) if leaf not in passing]
         new = {id(t): t for t in (*owned, *buffers) if id(t) not in seen}
         seen |= new.keys()
         parameters = [t for t in new.values() if isinstance(t, nn.Parameter)]
@@ -119,9 +118,8 @@ def _layers(model: nn.Module, work: Work) -> tuple[LayerCounts, ...]:
 
 def _weight_shape(module: nn.Module) -> tuple[int, ...] | None:
     """That of `weight`, or of the first parameter with rows and columns (an LSTM has four)."""
-    weight = module._parameters.get("weight")
-    if weight is None:
-        weight = next((p for p in module._parameters.values() if p is not None and p.ndim > 1), None)
+    parameters = dict(module.named_parameters(recurse=False))
+    weight = parameters.get("weight", next((p for p in parameters.values() if p.ndim > 1), None))
     return None if weight is None else tuple(weight.shape)
 
 

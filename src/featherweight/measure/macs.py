@@ -22,12 +22,11 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 from torch._ops import HigherOrderOperator, OpOverload
-from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
-from featherweight.measure.copies import run_once
+from featherweight.measure.copies import higher_order, run_once
 
 __all__ = ["Work", "count_work"]
 
@@ -44,9 +43,10 @@ class Work:
 
 
 def count_work(model: nn.Module, example_inputs: tuple[Any, ...]) -> Work:
-    """Runs the model once and counts. The model must be a copy in eval mode (`eval_copy`): a forward may change it."""
+    """Runs the model once and counts. Give an `eval_copy`: hooks stay on it, and a forward may change it."""
     counter = _Counter(model)
-    with _plain_kernels(), _module_stack(model, counter.stack), counter:
+    _keep_stack(model, counter.stack)
+    with _plain_kernels(), counter:
         run_once(model, example_inputs)
     return counter.work
 
@@ -65,23 +65,13 @@ def _plain_kernels() -> Iterator[None]:
         torch.backends.mha.set_fastpath_enabled(fast)
 
 
-@contextlib.contextmanager
-def _module_stack(model: nn.Module, stack: list[str]) -> Iterator[None]:
+def _keep_stack(model: nn.Module, stack: list[str]) -> None:
     """Keeps the qualified names of the modules that are running on `stack`, innermost last; a shared one by its first."""
-    names = {id(module): name for name, module in model.named_modules()}
-
-    def enter(module: nn.Module, args: Any) -> None:
-        stack.append(names.get(id(module), stack[-1]))
-
-    def leave(module: nn.Module, args: Any, output: Any) -> None:
-        stack.pop()
-
-    hooks = (register_module_forward_pre_hook(enter), register_module_forward_hook(leave, always_call=True))
-    try:
-        yield
-    finally:
-        for hook in hooks:
-            hook.remove()
+    for name, module in model.named_modules():
+        if isinstance(module, torch.jit.ScriptModule):  # takes no hooks: its work is its caller's
+            continue
+        module.register_forward_pre_hook(lambda *_, name=name: stack.append(name))
+        module.register_forward_hook(lambda *_: stack.pop() and None, always_call=True)
 
 
 class _Counter(TorchDispatchMode):  # type: ignore[no-untyped-call]
@@ -103,7 +93,9 @@ class _Counter(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         if isinstance(func, HigherOrderOperator):
-            return self._higher_order(func, args, kwargs)
+            if func is not torch.ops.higher_order.cond:
+                self.work.uncounted[str(func)] += 1
+            return higher_order(self, func, args, kwargs)
         packet = func._overloadpacket
         if packet not in _CONTRACTIONS:
             with self:  # under inference_mode composite ops arrive whole
@@ -118,14 +110,6 @@ class _Counter(TorchDispatchMode):  # type: ignore[no-untyped-call]
             self.work.uncounted[str(packet).replace("aten.", "", 1)] += 1
         self._follow(args, kwargs, out)
         return out
-
-    def _higher_order(self, func: Any, args: Any, kwargs: Any) -> Any:
-        if func is torch.ops.higher_order.cond:  # the branch that is taken
-            predicate, yes, no, operands = args
-            with self:
-                return (yes if predicate else no)(*operands)
-        self.work.uncounted[str(func)] += 1
-        return func(*args, **kwargs)
 
     def _credit(self, macs: int, operands: tuple[Tensor, ...]) -> None:
         shares = [self._nonzero_share(t) for t in operands if self._origin(t)]

@@ -13,10 +13,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._ops import HigherOrderOperator
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from featherweight.measure.copies import run_once
+from featherweight.measure.copies import higher_order, run_once
 
 __all__ = ["peak_memory"]
 
@@ -44,6 +45,8 @@ def _cuda_peak(model: nn.Module, example_inputs: tuple[Any, ...], device: torch.
 
 
 class _Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    supports_higher_order_operators = True
+
     def __init__(self, weights: set[int]) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.peak = self.now = 0
@@ -52,7 +55,10 @@ class _Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self._alive: dict[int, Any] = {}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        out = func(*args, **(kwargs or {}))
+        if isinstance(func, HigherOrderOperator):
+            out = higher_order(self, func, args, kwargs or {})
+        else:
+            out = func(*args, **(kwargs or {}))
         for tensor in tree_leaves(out):
             if isinstance(tensor, Tensor):
                 self._see(tensor)
