@@ -17,7 +17,8 @@ import safetensors.torch
 import torch
 
 from featherweight.errors import ArtefactError
-from featherweight.pack import load_file, read_header, save_file
+from featherweight.pack import csr, load_file, read_header, save_file
+from featherweight.pack.words import blank
 from tests.pack.samples import random_tensor
 
 BEGIN = b'{"__metadata__":{"crc32":"'
@@ -115,6 +116,7 @@ FORGED = {
     "true for one": (about("version", True), "version True"),
     "no ties": (lambda outer, about: about.pop("ties"), "ties"),
     "an unknown key": (about("more", 1), "nothing else"),
+    "more metadata": (lambda outer, about: outer["__metadata__"].update(format="pt"), "nothing else"),
     "a tie to nothing": (about("ties", {"alias": "gone"}), "alias"),
     "a tie of a tensor": (about("ties", {"n": "csr"}), "tie 'n'"),
     "a tie to a list": (about("ties", {"alias": []}), "alias"),
@@ -184,7 +186,7 @@ def test_claims_that_the_file_does_not_bear_out_are_refused_unallocated(path: Pa
         ('{"a":1,"a":1}', "twice"),
         ('{"version":1.0}', "no integer"),
         ('{"version":NaN}', "no integer"),
-        ('{"version":' + "9" * 5000 + "}", "digits"),
+        ('{"version":' + "9" * 25 + "}", "25 digits"),
         ("[]", "not an object"),
         ("", "JSON"),
         ('"\\ud800"', "not an object"),
@@ -269,6 +271,15 @@ def test_foreign_files_are_refused_and_never_unpickled(
         tmp_path / "f", foreign()[kind], "no safetensors|not written by featherweight|cut short, or foreign|checksum"
     )
     assert not (tmp_path / "unpickled").exists()
+
+
+def test_a_tensor_that_memory_cannot_hold_is_refused_by_name(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What torch raises without memory is shown first; a file that claims so much is too large to make here."""
+    with pytest.raises(MemoryError):
+        blank(1 << 50, 8)
+    monkeypatch.setattr(csr, "blank", lambda count, size: blank(1 << 50, 8))
+    with pytest.raises(ArtefactError, match="tensor 'csr': no memory for 2400 bytes"):
+        load_file(path)
 
 
 def test_missing_files_and_folders_are_named(tmp_path: Path) -> None:

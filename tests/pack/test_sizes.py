@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import nn
 
 from featherweight.pack import code, load_file, save_file
@@ -95,6 +97,40 @@ def test_a_stale_or_senseless_hint_costs_nothing_here_and_never_correctness(tmp_
     plain = code(tensors)
     assert save_file(tmp_path / "f", tensors, dict.fromkeys([*tensors, "not there"], hint)) == plain
     assert torch.equal(load_file(tmp_path / "f")[0]["w"], tensors["w"])
+
+
+@settings(max_examples=150, deadline=None)
+@given(
+    st.lists(st.integers(0, 40), min_size=1, max_size=120), st.sampled_from([torch.float64, torch.int16, torch.int8])
+)
+def test_no_form_would_have_been_smaller_whatever_the_runs_of_zeros(runs: list[int], dtype: torch.dtype) -> None:
+    """Dense has one part and so eighty bytes in hand against the others, which have two."""
+    ends = torch.tensor(runs).add(1).cumsum(0) - 1
+    tensor = torch.zeros(int(ends[-1]) + 1, dtype=dtype)
+    tensor[ends] = 3
+    width, bitmask = dtype.itemsize, math.ceil(len(tensor) / 8) + len(runs) * dtype.itemsize
+    smallest = min(bitmask, len(tensor) * width - 80, *csr_bytes(tensor, width).values())
+    coded = code({"w": tensor})["w"]
+    assert coded.coded_bytes - 80 * coded.codec.startswith("dense") == smallest
+
+
+def test_csr_gives_way_to_the_bitmask_at_the_very_filler_that_makes_it_larger() -> None:
+    """Runs of one zero fit into one bit, where a mask takes two; each run of two zeros costs a filler of 65 bits."""
+    found = []
+    for long_runs in range(10, 22):
+        ends = torch.tensor([0] * 100 + [1] * 1000 + [2] * long_runs).add(1).cumsum(0) - 1
+        tensor = torch.zeros(int(ends[-1]) + 1, dtype=torch.float64)
+        tensor[ends] = 0.1
+        bits = {"csr:1": 65 * (1100 + 2 * long_runs), "bitmask": 2100 + 3 * long_runs + 64 * (1100 + long_runs)}
+        coded = code({"w": tensor})["w"]
+        assert coded.coded_bytes == min(math.ceil(size / 8) for size in bits.values())
+        found.append(coded.codec)
+    assert found == ["csr:1"] * 6 + ["bitmask"] * 6
+
+
+def test_nan_is_stored_in_bf16_or_whole_since_processors_differ_on_nan_in_fp16() -> None:
+    assert code({"w": torch.tensor([1.0, float("nan")] * 64)})["w"].codec == "dense:bf16"
+    assert code({"w": torch.tensor([1 + 2**-10, float("nan")] * 64)})["w"].codec == "dense:fp32"
 
 
 @pytest.mark.parametrize(("dtype", "codec"), [(torch.float16, "dense:fp16"), (torch.bfloat16, "dense:bf16")])

@@ -100,7 +100,11 @@ def test_paths_that_cannot_be_written_are_named(path: Path) -> None:
 
 
 def test_a_new_file_takes_the_old_ones_place_and_has_the_usual_permissions(path: Path) -> None:
-    save_file(path, {"v": torch.ones(2)})
+    """Whoever has the old file open goes on reading the old one: it was replaced, not written over."""
+    old = path.read_bytes()
+    with open(path, "rb") as still_open:
+        save_file(path, {"v": torch.ones(2)})
+        assert still_open.read() == old
     plain = path.with_name("plain")
     plain.touch()
     assert list(load_file(path)[0]) == ["v"]

@@ -108,7 +108,9 @@ def read(file: BinaryIO, size: int) -> Header:
     if len(text) != length or text[_DIGITS] != _checksum(prefix, text):
         raise ArtefactError("the header's checksum is wrong, the file is damaged or was edited: copy or save it again")
     outer = _strict_json(text, "the header")
-    about = _strict_json(_field(outer.pop("__metadata__"), "featherweight", str, "the metadata"), "the metadata")
+    metadata = outer.pop("__metadata__")
+    _keys(metadata, {"crc32", "featherweight"}, "the metadata")
+    about = _strict_json(_field(metadata, "featherweight", str, "the metadata"), "the metadata")
     version = about.get("version")
     if type(version) is not int or version != VERSION:
         raise ArtefactError(

@@ -118,8 +118,14 @@ def typed(flat: Words, dtype: torch.dtype, shape: tuple[int, ...] | None = None)
 
 
 def blank(count: int, size: int) -> Words:
-    """`count` zero words of `size` bytes, in memory aligned as torch's is (NumPy aligns to 16 bytes only)."""
-    flat: Words = torch.zeros(count * size, dtype=torch.uint8).numpy()
+    """`count` zero words of `size` bytes, in memory aligned as torch's is (NumPy aligns to 16 bytes only).
+
+    Raises `MemoryError` where there is not so much.
+    """
+    try:
+        flat: Words = torch.zeros(count * size, dtype=torch.uint8).numpy()
+    except RuntimeError:
+        raise MemoryError(f"no memory for {count * size} bytes") from None
     return flat.view(f"<u{size}")
 
 
