@@ -83,7 +83,7 @@ def load_file(
 
     `expect` maps the names that the caller has a place for to shape and type; aliases may be among them. A file that
     claims anything else is refused before memory is taken for it. Without `expect`, a file can make this allocate up to
-    some 40,000 times its own size, as a tensor of nothing but zeros does.
+    some 65,000 times its own size, as a tensor of nothing but zeros does.
 
     Raises `ArtefactError` for a file that is missing, foreign, truncated or altered in any byte, or not as expected.
     Nothing is ever unpickled. Memory beyond the result: a few times the largest tensor's parts.
