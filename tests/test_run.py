@@ -271,3 +271,31 @@ def test_edits_by_hand_that_do_not_fit_together_leave_the_model_alone() -> None:
 def test_data_that_dries_up_or_a_metric_that_fails_names_the_stage() -> None:
     with pytest.raises(errors.DataError, match=r"Task\.train is empty"):
         fw.compress(make_task(train=[]), RECIPE, progress=False)
+
+
+TWO = """
+import sys
+import torch
+from tests.test_run import RECIPE, fw, make_task
+result = fw.compress(make_task(), RECIPE, out=sys.argv[1], progress=False)
+torch.distributed.barrier()
+mine = torch.cat([p.detach().flatten() for p in result.model.parameters()])
+others = [torch.empty_like(mine) for _ in range(2)]
+torch.distributed.all_gather(others, mine)
+assert torch.distributed.get_world_size() == 2
+assert torch.equal(others[0], others[1])
+torch.distributed.destroy_process_group()
+"""
+
+
+def test_two_processes_under_torchrun_train_one_model(tmp_path: Path) -> None:
+    script = tmp_path / "two.py"
+    script.write_text(TWO)
+    root = Path(__file__).parents[1]
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--master-port=29617", str(script)]
+    environment = {**os.environ, "PYTHONPATH": str(root), "OMP_NUM_THREADS": "1"}
+    run = subprocess.run([*command, str(tmp_path / "run")], cwd=root, env=environment, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr[-3000:]
+    model = fw.load(make_model(), tmp_path / "run")
+    for weight in (model[0].weight, model[3].weight):
+        assert int((weight == 0).sum()) == round(0.8 * weight.numel())

@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import dataclasses
+import os
 import shutil
 import sys
 import time
@@ -103,7 +104,8 @@ def compress(
     without jinja2) is said in the report, and everything else is delivered. Without `out` nothing is written.
 
     `recipe` is a list of methods, or the path of a TOML recipe. `resume` goes on with a run that was killed;
-    `overwrite` allows a folder that holds another. `progress` shows a bar; by default, on a terminal.
+    `overwrite` allows a folder that holds another. `progress` shows a bar; by default, on a terminal. Under torchrun all
+    processes train together and return the same model, and the first one measures and writes.
 
     Raises `ArtefactError` for a folder that is in use, finished or not writable, before anything is run; `StageError`
     when a stage breaks what an earlier one made; and whatever its methods raise. Finished stages are kept.
@@ -116,13 +118,19 @@ def compress(
     """
     recipe = _recipe(recipe, seed)
     folder = None if out is None else Path(out)
+    main = _is_main()
     with contextlib.ExitStack() as stack:
-        if folder is not None:
+        if folder is not None and main:
             stack.enter_context(artefact.claim(folder, overwrite=overwrite, resume=resume))
-        tell = stack.enter_context(watch(progress, sys.stderr))
-        run = _Run(task, recipe, folder, resume, tell)
+        tell = stack.enter_context(watch(progress if main else False, sys.stderr))
+        run = _Run(task, recipe, folder, resume, main, tell)
         run.stages()
-        return run.finish(command)
+        return run.finish(command) if main else run.stand_by()
+
+
+def _is_main() -> bool:
+    """Whether this is the process that writes: under torchrun the first of several, which all train together."""
+    return int(os.environ.get("RANK", "0")) == 0
 
 
 def _recipe(recipe: Recipe | Sequence[Method] | str | Path, seed: int | None) -> Recipe:
@@ -143,11 +151,18 @@ class _Run:
     """One run of a recipe: the working copy, the plan so far, and what each stage did."""
 
     def __init__(
-        self, task: Task, recipe: Recipe, folder: Path | None, resume: bool, tell: Callable[[dict[str, Any]], None]
+        self,
+        task: Task,
+        recipe: Recipe,
+        folder: Path | None,
+        resume: bool,
+        main: bool,
+        tell: Callable[[dict[str, Any]], None],
     ) -> None:
         self.task, self.recipe, self.folder, self.resume, self.tell = task, recipe, folder, resume, tell
         self.work = None if folder is None else folder / artefact.WORK
-        if self.work is not None and not resume:
+        self.main = main
+        if self.work is not None and main and not resume:
             shutil.rmtree(self.work, ignore_errors=True)
         self.model = copy.deepcopy(task.model)
         self.plan = Plan()
@@ -158,7 +173,7 @@ class _Run:
     def _before(self) -> Scorecard:
         """The dense model's scorecard; the work folder starts with the recipe, so that a resumed run is the same run."""
         entry = {"recipe": [to_dict(method) for method in self.recipe.stages], "seed": self.recipe.seed}
-        if self.work is not None:
+        if self.work is not None and self.main:
             self.work.mkdir(exist_ok=True)
             start = self.work / "run.safetensors"
             if start.exists():
@@ -190,7 +205,7 @@ class _Run:
                         f"{index - 1} finished stages are kept in {self.folder}; resume=True (--resume) goes on from them."
                     )
                 raise
-            if file is not None:
+            if file is not None and self.main:
                 self._checkpoint(file)
 
     def _one(self, name: str, method: Method) -> None:
@@ -232,7 +247,7 @@ class _Run:
                 selection=tuple(selection),
             )
         )
-        if self.work is not None:
+        if self.work is not None and self.main:
             (self.work / "training.safetensors").unlink(missing_ok=True)
 
     def _checkpoint(self, file: Path) -> None:
@@ -265,6 +280,12 @@ class _Run:
             if self.work is not None:
                 shutil.rmtree(self.work, ignore_errors=True)
         return result
+
+    def stand_by(self) -> Result:
+        """What the other processes of a torchrun give: the same model and plan; the first one measures and writes."""
+        last = self.done[-1].scorecard
+        cards = {"before": self.before, **{facts.name: facts.scorecard for facts in self.done}, "after": last}
+        return Result(self.model, self.plan, cards, {}, self.folder, tuple(t for f in self.done for t in f.unmet))
 
     def _prove_reload(self) -> None:
         if self.folder is None:
