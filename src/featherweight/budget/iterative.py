@@ -20,7 +20,7 @@ from featherweight import pack
 from featherweight.budget.units import allowed_drop, limit_bytes
 from featherweight.edits import replay
 from featherweight.errors import OptionError
-from featherweight.layers import fill, tensors_and_ties
+from featherweight.layers import fill, tensors_and_ties, weights
 from featherweight.plan import Plan
 from featherweight.state import load_state, save_state
 from featherweight.task import Method, Stage, Task
@@ -33,7 +33,7 @@ class Until:
     """When a loop may stop: the packed size to reach, and how far the metric may fall from where it began.
 
     `bytes` is absolute ("2 MB", 200000) or the share kept of the dense bytes ("10 %"); `sparsity` the share of zeros
-    among all weights and biases. `drop` is in the metric's units (0.01) or a share of its start ("1 %"). At least one
+    among all weights (biases and norms, which may start at zero, do not count). `drop` is in the metric's units (0.01) or a share of its start ("1 %"). At least one
     of `bytes` and `sparsity` is needed, or the loop would have no end.
 
     >>> Until(bytes="10 %", drop="1 %")
@@ -173,7 +173,7 @@ class _Rounds:
     def _look(self, plan: Plan, current: int) -> _Kept:
         tensors = tensors_and_ties(self.model)[0]
         size = sum(form.coded_bytes for form in pack.code(tensors, plan.formats).values())
-        parameters = list(self.model.parameters())
+        parameters = [weight.parameter for weight in weights(self.model)[0]]
         zeros = sum(int((p == 0).sum()) for p in parameters) / max(1, sum(p.numel() for p in parameters))
         metric = None
         if self.task.evaluate is not None:
