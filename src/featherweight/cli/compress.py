@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from featherweight.recipe import Recipe
     from featherweight.task import Task
 
-__all__ = ["command", "exit_code", "show_result", "with_keep"]
+__all__ = ["command", "exit_code", "show_failures", "show_result", "show_warnings", "with_keep"]
 
 
 def command(
@@ -87,10 +87,7 @@ def command(
     code = exit_code(result.report, result.unmet)
     if not json:
         show_result(result.report, out)
-    for text in result.unmet:
-        console.fail("BudgetNotMet", text)
-    if code == 4:
-        console.fail("ExportError", _export_failure(result.report))
+    show_failures(result.report, result.unmet)
     return {"folder": str(out), "exit_code": code, "unmet": list(result.unmet), "report": result.report}
 
 
@@ -136,24 +133,20 @@ def _keeping(method: Any, globs: tuple[str, ...]) -> Any:
 
 
 def exit_code(report: Mapping[str, Any], unmet: Sequence[str]) -> int:
-    """3 where a budget was missed; 4 where the export failed or does not answer as the model does; else 0.
-
-    Packages for an export that are not installed were not asked for: that is a warning.
-    """
+    """3 where a budget was missed, 4 where the export failed or does not answer as the model does, else 0."""
     if unmet:
         return 3
+    return 4 if export_failure(report) else 0
+
+
+def export_failure(report: Mapping[str, Any]) -> str:
+    """What is wrong with the export, or nothing. Packages that are not installed were not asked for: that is a warning."""
     export = report.get("export") or {}
     if export.get("path"):
-        return 0 if export["parity"]["passed"] else 4
+        return "" if export["parity"]["passed"] else str(export["parity"]["words"])
     from featherweight.doctor import extras
 
-    return 4 if export and extras()["onnx"]["installed"] else 0
-
-
-def _export_failure(report: Mapping[str, Any]) -> str:
-    export = report["export"]
-    what = export["error"] if not export.get("path") else export["parity"]["words"]
-    return f"Everything but a model.onnx that can be trusted was delivered. {what}"
+    return str(export["error"]) if export and extras()["onnx"]["installed"] else ""
 
 
 def show_result(report: Mapping[str, Any], folder: Path | None) -> None:
@@ -168,12 +161,27 @@ def show_result(report: Mapping[str, Any], folder: Path | None) -> None:
     if export and export.get("path"):
         say(f"  {export['path']}: {export['parity']['words']}")
     say()
-    for text in report["warnings"]:
-        say(f"Warning: {text}", "yellow")
+    show_warnings(report)
     if folder is not None:
         page = folder / "report.html"
         say(f"artefact  {folder}")
         say(f"report    {page if page.exists() else folder / 'report.json'}")
+
+
+def show_warnings(report: Mapping[str, Any]) -> None:
+    """The report's warnings, but for those that end in an exit code: `show_failures` says these."""
+    failed = export_failure(report)
+    for text in report["warnings"]:
+        if not failed or failed not in text:
+            say(f"Warning: {text}", "yellow")
+
+
+def show_failures(report: Mapping[str, Any], unmet: Sequence[str]) -> None:
+    """On stderr, why the exit code is not 0."""
+    for text in unmet:
+        console.fail("BudgetNotMet", text)
+    if failed := export_failure(report):
+        console.fail("ExportError", f"Everything but a model.onnx that can be trusted was delivered. {failed}")
 
 
 def _dry_run(task: Task, recipe: Recipe, out: Path | None, json: bool) -> dict[str, Any]:

@@ -47,7 +47,14 @@ def table(headings: Sequence[str], rows: Sequence[Sequence[str]], *, right: Sequ
         shown.add_column(heading, justify="right" if index in right else "left", overflow="fold")
     for row in rows:
         shown.add_row(*map(Text, row))
-    _console(sys.stdout).print(shown)
+    console = _console(sys.stdout)
+    if console.is_terminal:
+        console.print(shown)
+        return
+    with console.capture() as text:
+        console.print(shown)
+    for line in text.get().splitlines():
+        say(line.rstrip())
 
 
 def answer(data: Mapping[str, Any], stream: TextIO) -> None:

@@ -11,7 +11,7 @@ from typing import Annotated, Any
 import typer
 
 from featherweight.cli import console
-from featherweight.cli.compress import exit_code
+from featherweight.cli.compress import exit_code, show_failures, show_warnings
 from featherweight.cli.console import Json, say, table
 from featherweight.report import tables, words
 
@@ -39,7 +39,7 @@ def command(
     began = time.perf_counter()
     if not json:
         say("featherweight demo: real handwritten digits, 1,197 to train on and 400 to test on, 8 x 8 pixels", "bold")
-    from featherweight.demo import demo
+    from featherweight.demo import DENSE_STEPS, demo
 
     result = demo(
         out,
@@ -51,44 +51,53 @@ def command(
     seconds = time.perf_counter() - began
     code = exit_code(result.report, result.unmet)
     if not json:
-        _show(result.report, out, seconds)
+        _show(result.report, out, seconds, DENSE_STEPS[quick])
+    show_failures(result.report, result.unmet)
     return {"folder": str(out), "seconds": seconds, "exit_code": code, "report": result.report}
 
 
-def _show(report: Mapping[str, Any], out: Path, seconds: float) -> None:
+def _show(report: Mapping[str, Any], out: Path, seconds: float, dense_steps: int) -> None:
     say()
-    table(("", "dense", "90 % zeros", ""), _rows(report), right=(1, 2))
+    table(("", "dense", "pruned", ""), _rows(report, dense_steps), right=(1, 2))
     say()
     say(report["gains"][0] + ".", "bold")
-    for text in report["warnings"]:
-        say(f"Warning: {text}", "yellow")
+    show_warnings(report)
     say(f"report  {out / 'report.html'}   ({words.seconds(seconds)} in all)")
     say("next    featherweight compress --help")
 
 
-def _rows(report: Mapping[str, Any]) -> list[list[str]]:
+def _rows(report: Mapping[str, Any], dense_steps: int) -> list[list[str]]:
     """The dense network beside the pruned one: what changed, and in words what that is worth."""
     before, after = report["before"], report["after"]
     n = after["samples"]
     right = [round(card["metric"] * n) for card in (before, after)]
     zeros = [words.percent(words.zeros(card["nonzeros"], card["parameters"])) for card in (before, after)]
-    pruned = [line for line in report["stages"][0]["selection"] if line["action"] == "pruned"]
+    options = report["stages"][0]["options"]
+    target, pruned_in = words.percent(options["hooks"][0]["sparsity"]), options["hooks"][0]["end"]
+    layers = sum(line["action"] == "pruned" for line in report["stages"][0]["selection"])
     shown = [
-        [f"test digits read right, of {n}", *map(str, right), f"one digit is {words.percent(1 / n)}"],
         [
-            "zeros among all parameters",
-            *zeros,
-            f"90.0 % in each of {len(pruned)} layers; first layer and norms are kept",
+            "training steps",
+            str(dense_steps),
+            f"+ {options['steps']}",
+            f"pruned little by little during {pruned_in} of them",
         ],
+        [
+            "accuracy",
+            *_pair(before["metric"], after["metric"], words.metric),
+            f"{right[0]} and {right[1]} right of {n} test digits",
+        ],
+        ["zeros", *zeros, f"{target} of each of {layers} layers; the first layer and norms are kept"],
         ["on disk", *_pair(before["dense_bytes"], after["packed_bytes"], words.size), _change(before, after)],
         ["MACs", *_pair(before["macs"], after["macs"], words.count), "a zero is multiplied like any number"],
     ]
     for name, comparison in report["comparisons"].items():
         pair = [words.milliseconds(card["latency"][name]["median_ms"]) for card in (before, after)]
-        shown.append([f"{tables.spoken(name)}, median of {after['latency'][name]['n']}", *pair, comparison["words"]])
+        shown.append([f"{tables.spoken(name)}, median", *pair, comparison["words"]])
     export = report["export"]
-    parity = export["parity"]["words"] if export.get("path") else "not exported"
-    shown.append(["model.onnx answers as PyTorch does", "", "yes" if export.get("path") else "no", parity])
+    passed = bool(export.get("path")) and export["parity"]["passed"]
+    words_of_it = export["parity"]["words"] if export.get("path") else export["error"]
+    shown.append(["ONNX file as PyTorch", "", "yes" if passed else "no", words_of_it])
     return shown
 
 

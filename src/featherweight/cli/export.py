@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Sequence
 from enum import StrEnum
 from pathlib import Path
@@ -13,7 +12,7 @@ import typer
 
 from featherweight.cli import sources
 from featherweight.cli.console import Json, say
-from featherweight.errors import OptionError, ParityError
+from featherweight.errors import OptionError
 from featherweight.report import words
 
 if TYPE_CHECKING:
@@ -62,9 +61,7 @@ def command(
     from featherweight import deploy
 
     made = deploy.export_onnx(net, inputs, output, opset=opset, dynamic_batch=not static_batch)
-    parity = deploy.parity(net, output, [inputs])
-    if not parity.passed:
-        raise ParityError(f"{output} does not answer as the PyTorch model does: {parity.words} Do not deploy it.")
+    parity = deploy.check_parity(net, output, deploy.sample_inputs(net, inputs))
     if not json:
         batch = "any batch size" if made.dynamic_batch else "the example's batch size"
         say(f"{output}  {words.size(made.bytes)}, opset {made.opset}, {batch}")
@@ -72,7 +69,7 @@ def command(
         for note in made.notes:
             say(note)
     facts = {"opset": made.opset, "bytes": made.bytes, "dynamic_batch": made.dynamic_batch, "notes": list(made.notes)}
-    return {"path": str(output), "format": format.value, **facts, "parity": dataclasses.asdict(parity)}
+    return {"path": str(output), "format": format.value, **facts, "parity": parity.to_dict()}
 
 
 def _model_and_inputs(

@@ -119,7 +119,7 @@ def _call(name: str) -> Any:
 
 def _find(name: str) -> Callable[..., Any]:
     module, colon, path = name.partition(":")
-    if not colon or not path or not re.fullmatch(r"[A-Za-z_][\w.]*", module):
+    if not colon or not path or module.endswith(".py") or not re.fullmatch(r"[A-Za-z_][\w.]*", module):
         hint = ""
         if module.endswith(".py") or "/" in module:
             dotted = module.removesuffix(".py").strip("./").replace("/", ".")
