@@ -1,8 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """For tests and doctests alike: the same random numbers in each, on one thread, and no file left in the checkout."""
 
+import os
 from collections.abc import Iterator
 from pathlib import Path
+
+# Before torch is imported, and for the processes that tests start: sums on two threads end in other last bits.
+os.environ["OMP_NUM_THREADS"] = "1"
 
 import pytest
 import torch
