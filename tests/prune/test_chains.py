@@ -104,6 +104,31 @@ def test_a_neuron_scores_the_root_of_its_row_and_the_column_it_feeds() -> None:
     assert (model[2].bias != 0).all()
 
 
+def test_a_layer_in_the_middle_loses_rows_of_its_own_and_columns_of_those_before() -> None:
+    model = nn.Sequential(nn.Linear(5, 8), nn.ReLU(), nn.Linear(8, 6), nn.ReLU(), nn.Linear(6, 3))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    options = fw.GradualPruning(0.5, begin=1, end=3, every=1, pattern="neuron")
+    pruner = options.attach(model, optimizer, (torch.zeros(1, 5),))
+    for _ in range(6):
+        model(torch.randn(4, 5)).square().sum().backward()
+        optimizer.step()
+        pruner.step()
+    first, second = (model[i].weight == 0 for i in (0, 2))
+    rows, columns = second.all(1), second.all(0)
+    assert int(rows.sum()) == 3 and int(columns.sum()) == 4
+    assert torch.equal(columns, first.all(1)) and torch.equal(columns, model[0].bias == 0)
+    assert torch.equal(second, rows[:, None] | columns[None, :])
+
+
+def test_a_linear_that_reads_positions_instead_of_channels_is_no_consumer() -> None:
+    model = nn.Sequential(nn.Conv1d(2, 4, 1), nn.ReLU(), nn.Linear(4, 4))
+    found = select(model, (torch.randn(3, 2, 4),))  # four channels, and by chance four positions
+    assert found["0.weight"] == "kept: 2.weight does not read its outputs as input channels"
+    assert select(model[:2] + nn.Sequential(nn.Flatten(), nn.Linear(16, 2)), (torch.randn(3, 2, 4),))[
+        "0.weight"
+    ].startswith("pruned")
+
+
 def two(run: Any, **layers: nn.Module) -> nn.Module:
     return Net(run, a=nn.Linear(4, 4), b=nn.Linear(4, 4), **layers)
 

@@ -186,6 +186,19 @@ def test_more_zeros_than_the_target_are_kept_and_hold() -> None:
     assert "75.0% are zero already" in pruner.selection[0].reason
 
 
+def test_scattered_zeros_hold_while_whole_tiles_are_pruned() -> None:
+    """What an earlier stage made stays zero, also where it is no tile."""
+    layer = nn.Linear(8, 10)
+    layer.weight.data[:, ::3] = 0
+    before = layer.weight.detach() == 0
+    optimizer = torch.optim.SGD(layer.parameters(), lr=0.1)
+    pruner = fw.GradualPruning(0.5, begin=1, end=4, every=1, pattern="1x4", dense=()).attach(layer, optimizer)
+    facts = run(layer, optimizer, pruner, range(8))
+    assert (layer.weight[before] == 0).all()
+    assert int((layer.weight == 0).view(10, 2, 4).all(2).sum()) == 10
+    assert facts[-1]["sparsity"] == zeros(layer.weight) / 80
+
+
 def test_n_of_m_grows_until_every_group_keeps_n() -> None:
     conv = nn.Conv2d(8, 6, 3)
     before = conv.weight.detach().abs().permute(0, 2, 3, 1).reshape(-1, 4)
@@ -290,16 +303,18 @@ def test_weights_that_are_not_finite_are_named_at_attach_and_at_each_update(bad:
     ],
     ids=lambda options: "-".join(map(str, options.values())),
 )
-@pytest.mark.parametrize("stop", [3, 7])
+@pytest.mark.parametrize("stop", [5, 9])
 def test_a_resumed_run_ends_in_the_same_bits(options: dict[str, Any], stop: int, tmp_path: Path) -> None:
-    """Stops in the middle of an interval, saves to a file, goes on with fresh objects."""
+    """Stops in the middle of an interval, saves to a file, goes on with fresh objects, attached before or after loading."""
     method = fw.GradualPruning(begin=2, end=13, every=4, dense=(), **options)
 
-    def make() -> tuple[nn.Module, torch.optim.Optimizer, fw.Pruner]:
+    def make(state: Any = None) -> tuple[nn.Module, torch.optim.Optimizer, fw.Pruner]:
         torch.manual_seed(0)
         model = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 16), nn.ReLU(), nn.Linear(16, 4))
         model[0].weight.data.view(-1)[::9] = 0
         optimizer = torch.optim.AdamW(model.parameters(), lr=0.01)
+        if state is not None:
+            model.load_state_dict(state)
         return model, optimizer, method.attach(model, optimizer, (torch.zeros(1, 8),))
 
     model, optimizer, pruner = make()
@@ -311,7 +326,7 @@ def test_a_resumed_run_ends_in_the_same_bits(options: dict[str, Any], stop: int,
     save_state(tmp_path / "state", state)
     state = load_state(tmp_path / "state")
 
-    again, optimizer_again, pruner_again = make()
+    again, optimizer_again, pruner_again = make(state["model"] if stop == 9 else None)
     pruner_again.load_state_dict(state["pruner"])
     again.load_state_dict(state["model"])
     optimizer_again.load_state_dict(state["optimizer"])

@@ -227,18 +227,15 @@ def _after_mean(node: fx.Node, before: Sequence[int], after: Sequence[int], axis
 
 
 def _after_reshape(before: Sequence[int], after: Sequence[int], axis: int) -> int | None:
-    """A reshape moves no data: channels stay apart if what is before their axis and after it does not mix with it.
+    """A reshape moves no data: channels stay apart if nothing outside their axis is mixed into it.
 
-    Either they keep an axis of their own size, or they and all that follows them become one last axis, in which each
-    channel is a run of consecutive positions.
+    They keep an axis of their own size, or become one with all that follows them: each channel is then a run of
+    consecutive positions.
     """
     outer, channels, inner = math.prod(before[:axis]), before[axis], math.prod(before[axis + 1 :])
     for new, size in enumerate(after):
-        if math.prod(after[:new]) == outer:
-            if size == channels and math.prod(after[new + 1 :]) == inner:
-                return new
-            if size == channels * inner and new == len(after) - 1:
-                return new
+        if math.prod(after[:new]) == outer and size in (channels, channels * inner):
+            return new
     return None
 
 

@@ -68,12 +68,12 @@ def entry_scores(
     return wide.square() if _squares(importance, pattern) else wide.abs()
 
 
-def unit_scores(entries: Tensor, importance: str | Importance, pattern: Pattern) -> Tensor:
-    """The score of each unit from those of its entries, (units, entries in each) -> (units,)."""
-    if entries.shape[1] == 1 and not _squares(importance, pattern):
-        return entries[:, 0]
-    total = entries.sum(1)
-    return total.sqrt() if _squares(importance, pattern) else total
+def unit_scores(entries: Tensor) -> Tensor:
+    """The score of each unit from those of its entries, (units, entries in each) -> (units,).
+
+    Of summed squares no root is taken: it would change no order, neither within a layer nor between layers.
+    """
+    return entries[:, 0] if entries.shape[1] == 1 else entries.sum(1)
 
 
 def _squares(importance: str | Importance, pattern: Pattern) -> bool:

@@ -147,7 +147,7 @@ def _problem(
     if scores is None:
         ranked = is_held.new_zeros(is_held.shape, dtype=torch.float32)
     else:
-        ranked = unit_scores(units(scores), options.importance, pattern)
+        ranked = unit_scores(units(scores))
     size = weight.parameter.numel() // len(ranked)
     allowed = None
     if pattern.kind == "n:m":

@@ -193,7 +193,7 @@ class Pruner:
         refuse_not_finite(self._targets, f"at step {self._step}")
         o = self.options
         goals = [
-            sparsity_at(self._step, o.begin, o.end, initial, max(initial, target.sparsity), o.schedule)
+            sparsity_at(self._step, o.begin, o.end, initial, target.sparsity, o.schedule)
             for target, initial in zip(self._targets, self._initial, strict=True)
         ]
         masks = choose_masks(self._targets, o, goals, self._held(), self._gathered, self._step)
