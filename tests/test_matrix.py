@@ -26,7 +26,7 @@ from tests.models import MODELS
 GRADUAL = fw.GradualPruning(sparsity=0.5, begin=0, end=3, every=1, dense=())
 EXAMPLES: dict[str, Callable[[nn.Module], Any]] = {
     "apply": lambda model: fw.Apply([fw.FakeQuant("head", bits=8, symmetric=True)]),
-    "factorize": lambda model: fw.Factorize(rank=2, layers=["head"]),
+    "factorize": lambda model: fw.Factorize(rank=2, layers=["mix" if hasattr(model, "words") else "head"]),
     "gradual_pruning": lambda model: fw.Train(steps=5, hooks=[GRADUAL]),
     "iterative": lambda model: fw.Iterative([fw.Prune(0.3, of="remaining", dense=())], {"sparsity": 0.2}, rounds=3),
     "prune": lambda model: fw.Prune(0.5, importance="gradient", dense=()),
@@ -46,7 +46,7 @@ def task_of(kind: str) -> fw.Task:
 def with_zeros(model: nn.Module) -> None:
     """A few zeros as an earlier stage would leave them, outside of `head`, which factorize may then split."""
     for name, parameter in model.named_parameters():
-        if parameter.ndim > 1 and not name.startswith(("head", "words")):
+        if parameter.ndim > 1 and not name.startswith(("head", "words", "mix")):
             parameter.data.view(-1)[::5] = 0.0
 
 
@@ -119,3 +119,9 @@ def test_factorizing_what_is_sparse_is_refused(kind: str) -> None:
     task = task_of(kind)
     with pytest.raises(OptionError, match="sparse"):
         fw.compress(task, [fw.Prune(0.5, dense=()), EXAMPLES["factorize"](task.model)], progress=False)
+
+
+def test_factorizing_what_is_tied_is_refused() -> None:
+    task = task_of("tied")
+    with pytest.raises(OptionError, match=r"head\.weight is one tensor with words\.weight"):
+        fw.Factorize(rank=2, layers=["head"])(copy.deepcopy(task.model), task, fw.Stage())

@@ -14,7 +14,7 @@ from torch import nn
 
 from featherweight.edits import apply
 from featherweight.errors import NumericalError, OptionError
-from featherweight.layers import existing_zeros, select
+from featherweight.layers import existing_zeros, select, tensors_and_ties
 from featherweight.plan import Factor, Plan
 from featherweight.task import Stage, Task
 
@@ -26,9 +26,9 @@ class Factorize:
     """Splits each `torch.nn.Linear` that `layers` (globs) names at `rank`, by truncated SVD.
 
     Saves parameters, bytes and MACs everywhere, if rank < out * in / (out + in); a rank above that is an error, since
-    it would make the model larger. Saves nothing in accuracy: fine-tune after. Raises `OptionError` for such a rank and
-    for a layer that an earlier stage made sparse (its zeros would be lost), `NothingToCompress` for a glob without a
-    match.
+    it would make the model larger. Saves nothing in accuracy: fine-tune after. Raises `OptionError` for such a rank, for
+    a layer that an earlier stage made sparse (its zeros would be lost) and for one that is tied to another (the tie
+    would be lost), `NothingToCompress` for a glob without a match.
 
     >>> task = Task(nn.Sequential(nn.Linear(20, 30)), (torch.zeros(1, 20),))
     >>> Factorize(rank=4)(task.model, task, Stage())
@@ -49,11 +49,20 @@ class Factorize:
         linear = {name: module for name, module in model.named_modules() if type(module) is nn.Linear and name}
         chosen = select(list(linear), self.layers)
         sparse = {weight.layer for weight, _ in existing_zeros(model)}
+        tied = {
+            name: other
+            for alias, first in tensors_and_ties(model)[1].items()
+            for name, other in ((alias, first), (first, alias))
+        }
         for name in chosen:
             rows, columns = linear[name].weight.shape
             if name in sparse:
                 raise OptionError(
                     f"factorize: {name} is sparse and its zeros would be lost. Factorize before pruning, or leave it out."
+                )
+            if f"{name}.weight" in tied:
+                raise OptionError(
+                    f"factorize: {name}.weight is one tensor with {tied[f'{name}.weight']}, which would go on alone. Leave it out."
                 )
             if self.rank * (rows + columns) >= rows * columns:
                 most = max(1, (rows * columns - 1) // (rows + columns))
