@@ -29,7 +29,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten_with_path, tree_leaves, tree_map, tree_map_only
 
-from featherweight.deploy.failures import explain, is_data_dependent, reason
+from featherweight.deploy.failures import explain, is_data_dependent, lacks_an_op, reason
 from featherweight.deploy.parity import parity
 from featherweight.deploy.sessions import flatten_inputs, sort_keys
 from featherweight.errors import ArtefactError, ExportError, FeatherweightError, OptionError, ParityError, require
@@ -86,6 +86,11 @@ def export_onnx(
 
     Raises `ExportError` with the cause and the line of the model's code, `ParityError` if no file could be made that
     answers as the model does, `ArtefactError` if the file cannot be written; in each case nothing is left behind.
+
+    >>> model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))
+    >>> written = export_onnx(model, (torch.zeros(2, 4),), "model.onnx")
+    >>> written.opset, written.dynamic_batch
+    (18, True)
     """
     if not isinstance(example_inputs, tuple):
         raise OptionError(f"example_inputs is {describe(example_inputs)}; give a tuple, for one tensor: (x,).")
@@ -191,8 +196,9 @@ def _names(values: dict[str, Any], taken: set[str]) -> tuple[str, ...]:
 def _first_that_agrees(job: _Job, folder: Path, name: str, dynamic_batch: bool) -> _Made:
     notes = list(job.notes) if dynamic_batch else []
     failures: dict[tuple[str, bool], FeatherweightError] = {}
+    wrong: set[str] = set()  # exporters whose file was wrong on the example itself: a fixed batch would not mend it
     for number, (exporter, dynamic) in enumerate(_ATTEMPTS):
-        if dynamic and not dynamic_batch:
+        if exporter in wrong or (dynamic and not dynamic_batch):
             continue
         file = folder / str(number) / name
         file.parent.mkdir()
@@ -204,12 +210,22 @@ def _first_that_agrees(job: _Job, folder: Path, name: str, dynamic_batch: bool) 
         except Exception as error:
             failures[exporter, dynamic] = ExportError(explain(error))
             notes.append(f"{attempt} failed: {reason(error)}.")
-            if is_data_dependent(error) and not dynamic:
-                break
+            if lacks_an_op(error) or (is_data_dependent(error) and not dynamic):
+                break  # no further attempt can help
             continue
-        words, more = _check(job, file, dynamic)
+        if dynamic and not _facts(file)[1]:
+            dynamic = False
+            notes.append("The batch is fixed: the model's own code, a reshape to a constant say, sets it.")
+        if importlib.util.find_spec("onnxruntime") is None:
+            notes.append('Not checked: onnxruntime is not installed. Run: pip install "featherweight[onnx]"')
+            return _Made(file, exporter, tuple(notes))
+        words = _disagreement(job, file, [job.inputs])
+        if words:
+            wrong.add(exporter)
+        elif dynamic:
+            words = _disagreement(job, file, [_larger_batch(job)])
         if not words:
-            return _Made(file, exporter, (*notes, *more))
+            return _Made(file, exporter, tuple(notes))
         failures[exporter, dynamic] = ParityError(words)
         notes.append(f"{attempt} was not kept: {words}.")
     # The plain attempt with the example's own batch asks for least, so its failure says most.
@@ -223,7 +239,7 @@ def _first_that_agrees(job: _Job, folder: Path, name: str, dynamic_batch: bool) 
 
 
 def _write(job: _Job, file: Path, exporter: str, dynamic: bool) -> None:
-    import onnx
+    onnx = require("onnx", extra="onnx")
 
     model: Any = job.model
     with _quiet():
@@ -287,16 +303,9 @@ def _quiet() -> Iterator[None]:
             logger.setLevel(level)
 
 
-def _check(job: _Job, file: Path, dynamic: bool) -> tuple[str, list[str]]:
-    """Why the file will not do, if so, and notes. It must answer as the model does, also on a batch never seen before."""
-    notes = []
-    if dynamic and not _facts(file)[1]:
-        dynamic = False
-        notes.append("The batch is fixed: the model's own code, a reshape to a constant say, sets it.")
-    if importlib.util.find_spec("onnxruntime") is None:
-        return "", [*notes, 'Not checked: onnxruntime is not installed. Run: pip install "featherweight[onnx]"']
-    result = parity(job.model, file, [job.inputs, _larger_batch(job)] if dynamic else [job.inputs])
-    return "" if result.passed else result.words.replace(str(file), file.name), notes
+def _disagreement(job: _Job, file: Path, inputs: list[tuple[Any, ...]]) -> str:
+    result = parity(job.model, file, inputs)
+    return "" if result.passed else result.words.replace(str(file), file.name)
 
 
 def _larger_batch(job: _Job) -> tuple[Any, ...]:
@@ -307,7 +316,7 @@ def _larger_batch(job: _Job) -> tuple[Any, ...]:
 
 def _facts(file: Path) -> tuple[Any, bool]:
     """The file's graph without its weights, and whether any input leaves its axis 0 open."""
-    import onnx
+    onnx = require("onnx", extra="onnx")
 
     proto = onnx.load(str(file), load_external_data=False)
     first_axes = [i.type.tensor_type.shape.dim[0] for i in proto.graph.input if i.type.tensor_type.shape.dim]

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import torch
 
-__all__ = ["explain", "is_data_dependent", "reason"]
+__all__ = ["explain", "is_data_dependent", "lacks_an_op", "reason"]
 
 _FIXED_AXIS = re.compile(r"tracing inferred a static shape of (\d+) for dimension inputs(.+?)\.shape\[(\d+)\]")
 _COLOURS = re.compile(r"\x1b\[[0-9;]*m")
@@ -29,9 +29,15 @@ _TOOLS = (
 
 def is_data_dependent(error: BaseException) -> bool:
     """Whether the model's Python takes a decision on a tensor's values, which no graph without branches can hold."""
-    return any(type(cause).__name__ == "GuardOnDataDependentSymNode" for cause in _chain(error)) or any(
-        "data-dependent" in str(cause) for cause in _chain(error)
+    return any(
+        type(cause).__name__ == "GuardOnDataDependentSymNode" or "data-dependent" in str(cause)
+        for cause in _chain(error)
     )
+
+
+def lacks_an_op(error: BaseException) -> bool:
+    """Whether torch's exporter has no ONNX form for one of the model's ops."""
+    return any("No ONNX function found" in str(cause) for cause in _chain(error))
 
 
 def reason(error: BaseException) -> str:
@@ -65,7 +71,7 @@ def _advice(error: BaseException) -> str:
             "The branch depends on a tensor's values, which an exported graph cannot follow: write it as torch.where or "
             "torch.cond, or export the part of the model without it."
         )
-    if "No ONNX function found" in reason(error):
+    if lacks_an_op(error):
         return "The op has no ONNX form in torch's exporter: replace it by ops that have one, or leave it outside the model."
     return "torch.export.export(model.eval(), example_inputs) gives the whole trace."
 

@@ -1,0 +1,160 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Oracle: the PyTorch model, and for threads and telemetry the runtimes' own word."""
+
+import os
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+from featherweight.deploy import RUNTIMES, available_runtimes, export_onnx, session, torch_session
+from featherweight.errors import ArtefactError, DataError, OptionError
+from featherweight.measure import time_callables
+from tests.deploy.zoo import models
+
+
+@pytest.fixture(scope="module")
+def several(tmp_path_factory):
+    """Float, bool and a constant in; float and int64 out, in a dict with things that are no tensors."""
+    model, inputs = models()["several"]
+    return model.eval(), inputs, export_onnx(model, inputs, tmp_path_factory.mktemp("several") / "model.onnx").path
+
+
+@pytest.mark.parametrize("runtime", ["onnxruntime", "openvino"])
+def test_a_session_is_called_as_the_model_is(runtime: str, several) -> None:
+    model, inputs, path = several
+    opened = session(path, runtime, threads=1)
+    assert (opened.name, opened.threads) == (runtime, 1)
+    assert (opened.input_names, opened.output_names) == (("x", "y", "keep"), ("logits", "parts_0", "best"))
+    expected = model(*inputs)
+    expected = (expected["logits"], expected["parts"][0], expected["best"])
+    for call in (inputs, tuple(i.numpy() if isinstance(i, Tensor) else i for i in inputs), inputs[:3]):
+        answer = opened(*call)
+        assert isinstance(answer, tuple)
+        for got, want in zip(answer, expected, strict=True):
+            assert got.dtype == want.dtype
+            torch.testing.assert_close(got, want.detach(), rtol=1e-4, atol=1e-6)
+    strided = (torch.randn(4, 3).T, *inputs[1:])
+    torch.testing.assert_close(opened(*strided)[0], model(*strided)["logits"].detach(), rtol=1e-4, atol=1e-6)
+
+
+def test_answers_stay_when_the_session_is_called_again(several) -> None:
+    _, inputs, path = several
+    for opened in (session(path, "onnxruntime"), session(path, "openvino")):
+        first = opened(*inputs)[0]
+        kept = first.clone()
+        opened(*(2 * t if t.is_floating_point() else t for t in inputs[:3]))
+        assert torch.equal(first, kept)
+
+
+def test_an_output_of_the_model_gives_the_answers_their_structure(several) -> None:
+    model, inputs, path = several
+    want = model(*inputs)
+    for opened in (session(path, like=want), torch_session(model, like=want)):
+        got = opened(*inputs)
+        assert list(got) == ["logits", "parts", "best", "count"]
+        assert got["parts"][1] is None and got["count"] == 2
+        torch.testing.assert_close(got["logits"], want["logits"].detach(), rtol=1e-4, atol=1e-6)
+
+
+def test_a_torch_session_is_the_model_in_eval_mode_and_leaves_it_alone() -> None:
+    model = nn.Sequential(nn.Linear(4, 3), nn.Dropout(), nn.BatchNorm1d(3)).train()
+    x = torch.randn(5, 4)
+    opened = torch_session(model, threads=1)
+    answer = opened(x)
+    assert model.training and not answer.requires_grad
+    assert torch.equal(answer, model.eval()(x))
+    assert list(opened.parameters()) == [] and opened.eval() is opened
+    with torch.no_grad():
+        model[0].weight.zero_()  # what is timed is what is there
+    assert torch.equal(opened(x), model(x))
+    with pytest.raises(OptionError, match=r"call model.eval\(\) first"):
+        torch_session(torch.compile(model.train()))
+
+
+def test_a_torch_session_keeps_to_its_threads_wherever_it_is_called() -> None:
+    seen: list[int] = []
+
+    class Asks(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            seen.append(torch.get_num_threads())
+            return x
+
+    before = torch.get_num_threads()
+    torch_session(Asks(), threads=before + 1)(torch.zeros(1))
+    assert seen == [before + 1] and torch.get_num_threads() == before
+
+
+def test_threads_reach_the_runtimes(several, monkeypatch) -> None:
+    import onnxruntime
+
+    session(several[2], "openvino")  # importing it is left to featherweight: see the last test here
+    openvino = sys.modules["openvino"]
+    made, settings = [], []
+    real, compile_model = onnxruntime.InferenceSession, openvino.Core.compile_model
+    monkeypatch.setattr(onnxruntime, "InferenceSession", lambda *a, **k: made.append(real(*a, **k)) or made[-1])
+    monkeypatch.setattr(
+        openvino.Core, "compile_model", lambda self, *a: settings.append(compile_model(self, *a)) or settings[-1]
+    )
+    for runtime in RUNTIMES:
+        session(several[2], runtime, threads=1)
+    options = made[0].get_session_options()
+    assert (options.intra_op_num_threads, options.inter_op_num_threads) == (1, 1)
+    assert settings[0].get_property("INFERENCE_NUM_THREADS") == 1
+    assert settings[0].get_property("INFERENCE_PRECISION_HINT").to_string() == "f32"
+
+
+def test_all_runtimes_can_be_timed_against_each_other(several) -> None:
+    model, inputs, path = several
+    opened = {"torch": torch_session(model, 1), **{name: session(path, name, 1) for name in available_runtimes()}}
+    assert set(opened) == {"torch", "onnxruntime", "openvino"}
+    candidates = {name: lambda opened=one: opened(*inputs) for name, one in opened.items()}
+    assert all(0 < t.median_ms < 100 for t in time_callables(candidates, threads=1, runs=50).values())
+
+
+def test_wrong_calls_say_what_is_wrong(several, tmp_path, capfd) -> None:
+    _, inputs, path = several
+    for runtime in RUNTIMES:
+        with pytest.raises(DataError, match=r"takes 3 inputs \(x, y, keep\), got tuple\(Tensor\[3, 4\] float32\)"):
+            session(path, runtime)(inputs[0])
+        with pytest.raises(DataError, match=r"model.onnx in O\w+"):
+            session(path, runtime)(np.zeros((3, 9), np.float32), *inputs[1:3])
+        (tmp_path / "damaged.onnx").write_bytes(path.read_bytes()[:200])
+        with pytest.raises(ArtefactError, match=r"damaged.onnx: O.* refuses it"):
+            session(tmp_path / "damaged.onnx", runtime)
+        with pytest.raises(ArtefactError, match=r"none.onnx is not there. .*export_onnx"):
+            session(tmp_path / "none.onnx", runtime)
+    with pytest.raises(OptionError, match=r"runtime 'onnxrt' is none of onnxruntime, openvino"):
+        session(path, "onnxrt")
+    with pytest.raises(DataError, match="bfloat16"):
+        session(path)(inputs[0].bfloat16(), *inputs[1:3])
+    assert capfd.readouterr() == ("", "")
+
+
+def test_no_runtime_opens_a_connection_or_loads_telemetry(several, tmp_path) -> None:
+    """`import openvino` by itself does both, from a thread."""
+    program = f"""
+import os, socket, sys, time
+def refuse(*args, **kwargs):
+    print("a connection was opened", flush=True)
+    os._exit(1)
+socket.socket.connect = socket.create_connection = socket.getaddrinfo = refuse
+import torch
+from featherweight.deploy import session
+for runtime in ("onnxruntime", "openvino"):
+    session({str(several[2])!r}, runtime)(torch.zeros(3, 4), torch.zeros(3, 5), torch.ones(3, dtype=torch.bool))
+time.sleep(0.5)
+print("openvino_telemetry" in sys.modules)
+"""
+    # Nothing in these variables says CI, and nobody has opted out here: then this would show nothing.
+    done = subprocess.run(
+        [sys.executable, "-c", program],
+        capture_output=True,
+        text=True,
+        check=False,
+        env={"PATH": os.environ["PATH"], "HOME": str(tmp_path)},
+    )
+    assert (done.returncode, done.stdout) == (0, "False\n"), done.stderr
