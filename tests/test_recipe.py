@@ -43,7 +43,10 @@ def test_a_recipe_is_what_python_would_say(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        (GOOD.replace("schedule =", "shedule ="), r"r.toml, line 7: method 'train' has no key 'shedule'; did you mean 'schedule'"),
+        (
+            GOOD.replace("schedule =", "shedule ="),
+            r"r.toml, line 7: method 'train' has no key 'shedule'; did you mean 'schedule'",
+        ),
         (GOOD.replace('"factorize"', '"factorise"'), r"r.toml, line 10: no method 'factorise'. Nearest: factorize"),
         (GOOD.replace("rank = 3", "rank = 0"), r"r.toml, line 11: factorize: rank must be"),
         (GOOD.replace("steps = 30", ""), r"line 5: train: give steps or epochs"),
@@ -95,7 +98,9 @@ class ThirdParty:
 
 def test_third_parties_add_methods_by_an_entry_point(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     point = importlib.metadata.EntryPoint("anything", "tests.test_recipe:ThirdParty", "featherweight.methods")
-    monkeypatch.setattr(importlib.metadata, "entry_points", lambda group: [point] if group == "featherweight.methods" else [])
+    monkeypatch.setattr(
+        importlib.metadata, "entry_points", lambda group: [point] if group == "featherweight.methods" else []
+    )
     assert method_names()["third_party"] == "tests.test_recipe:ThirdParty"
     read = load_recipe(write(tmp_path, '[[stages]]\nmethod = "third_party"\namount = 0.25\n'))
     assert read.stages == (ThirdParty(0.25),)
