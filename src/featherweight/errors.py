@@ -7,10 +7,13 @@ All derive from `FeatherweightError`, a `ValueError`; `exit_code` is what the co
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import importlib
-from collections.abc import Iterable
+import sys
+from collections.abc import Iterable, Iterator
 from types import ModuleType
+from typing import cast
 
 __all__ = [
     "ArtefactError",
@@ -102,7 +105,8 @@ def require(module: str, extra: str) -> ModuleType:
     'json'
     """
     try:
-        return importlib.import_module(module)
+        with _out_of_sight(_TELEMETRY.get(module)):
+            return importlib.import_module(module)
     except ImportError as error:
         # A package that is there but broken (a missing shared library, say) is not a missing extra.
         if (
@@ -111,6 +115,25 @@ def require(module: str, extra: str) -> ModuleType:
         ):
             raise
         raise MissingExtra(f'{module} is not installed. Run: pip install "featherweight[{extra}]"') from None
+
+
+# What reports its import over the network, and the package without which it does not (it then takes a stub of its own).
+_TELEMETRY = {"openvino": "openvino_telemetry"}
+
+
+@contextlib.contextmanager
+def _out_of_sight(package: str | None) -> Iterator[None]:
+    """Makes Python's import of a package fail in here, and restores what was imported of it before."""
+    if package is None:
+        yield
+        return
+    seen = {name: module for name, module in sys.modules.items() if name.partition(".")[0] == package}
+    sys.modules[package] = cast(ModuleType, None)
+    try:
+        yield
+    finally:
+        del sys.modules[package]
+        sys.modules.update(seen)
 
 
 def nearest(wrong: str, known: Iterable[str], n: int = 3) -> list[str]:

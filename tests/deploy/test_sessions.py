@@ -91,7 +91,7 @@ def test_a_torch_session_keeps_to_its_threads_wherever_it_is_called() -> None:
 def test_threads_reach_the_runtimes(several, monkeypatch) -> None:
     import onnxruntime
 
-    session(several[2], "openvino")  # importing it is left to featherweight: see the last test here
+    session(several[2], "openvino")  # `import openvino` would report: see the last test here
     openvino = sys.modules["openvino"]
     made, settings = [], []
     real, compile_model = onnxruntime.InferenceSession, openvino.Core.compile_model

@@ -3,19 +3,17 @@
 
 One precision (float32 stays float32: OpenVINO would take bfloat16 where the CPU has it), fixed threads, and no thread
 that spins on when a call has ended, so that sessions can be timed against each other. No telemetry: OpenVINO's import
-reports to Google Analytics, so it is imported here, and nowhere else, with its telemetry package out of sight.
+reports to Google Analytics, which `errors.require` prevents.
 """
 
 from __future__ import annotations
 
 import importlib.util
 import re
-import sys
 import textwrap
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from types import ModuleType
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 import torch
@@ -166,7 +164,7 @@ def _onnxruntime(path: Path, threads: int | None, like: Any = None) -> Session:
 
 
 def _openvino(path: Path, threads: int | None, like: Any = None) -> Session:
-    openvino = _import_openvino()
+    openvino = require("openvino", extra="openvino")  # and not `import`: see errors.require
     settings: dict[str, Any] = {"PERFORMANCE_HINT": "LATENCY", "INFERENCE_PRECISION_HINT": "f32"}
     if threads is not None:
         settings["INFERENCE_NUM_THREADS"] = threads
@@ -191,19 +189,6 @@ def _openvino(path: Path, threads: int | None, like: Any = None) -> Session:
 
 
 RUNTIMES: Mapping[str, Callable[..., Session]] = {"onnxruntime": _onnxruntime, "openvino": _openvino}
-
-
-def _import_openvino() -> ModuleType:
-    """`import openvino` sends an event unless its telemetry package is missing, when it takes a stub of its own."""
-    if "openvino" in sys.modules:
-        return sys.modules["openvino"]
-    seen = {name: module for name, module in sys.modules.items() if name.partition(".")[0] == "openvino_telemetry"}
-    sys.modules["openvino_telemetry"] = cast(ModuleType, None)  # makes Python's import of it fail
-    try:
-        return require("openvino", extra="openvino")
-    finally:
-        del sys.modules["openvino_telemetry"]
-        sys.modules.update(seen)
 
 
 def available_runtimes() -> tuple[str, ...]:
