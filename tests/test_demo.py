@@ -17,8 +17,10 @@ from typer.testing import CliRunner
 
 import featherweight as fw
 from featherweight.cli import app
-from featherweight.demo import FLOOR, QUICK_FLOOR, recipe
+from featherweight.demo import FLOOR, QUICK_FLOOR, _check_own, recipe
 from featherweight.digits import Digits, DigitsNet, digits, digits_task
+from featherweight.recipe import to_dict
+from featherweight.state import save_state
 
 
 @pytest.fixture(scope="module")
@@ -99,13 +101,26 @@ def test_the_quick_demo_reaches_its_floor_too() -> None:
     assert result.scorecards["after"].metric >= QUICK_FLOOR
 
 
-def test_it_leaves_other_runs_alone(tmp_path: Path) -> None:
-    model = torch.nn.Linear(2, 2)
-    fw.save(model, fw.Plan(), tmp_path)
-    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+@pytest.mark.parametrize("finished_run", [True, False])
+def test_it_leaves_other_runs_alone(tmp_path: Path, finished_run: bool) -> None:
+    if finished_run:
+        fw.save(torch.nn.Linear(2, 2), fw.Plan(), tmp_path)
+    else:
+        (tmp_path / ".work").mkdir()
+        save_state(tmp_path / ".work" / "run.safetensors", {"run": {"recipe": [{"method": "prune"}], "seed": 0}})
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
     result = CliRunner().invoke(app, ["demo", "--out", str(tmp_path)])
     assert result.exit_code == 2 and "holds a run that is not the demo's" in result.stderr
-    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+    assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
+
+
+def test_it_replaces_what_an_earlier_demo_left(finished: tuple[dict[str, Any], Path], tmp_path: Path) -> None:
+    """Whether that one came to its end or was stopped."""
+    _check_own(finished[1])
+    (tmp_path / ".work").mkdir()
+    begun = {"recipe": [to_dict(stage) for stage in recipe(quick=True).stages], "seed": 0}
+    save_state(tmp_path / ".work" / "run.safetensors", {"run": begun})
+    _check_own(tmp_path)
 
 
 def test_the_splits_are_disjoint_and_are_the_real_digits() -> None:

@@ -141,6 +141,8 @@ def test_a_long_training_is_timed_by_a_few_steps_of_it() -> None:
     told = preview(make_task(calls=calls), Recipe((fw.Train(steps=1_000_000, hooks=[hook]),)), seconds=0.05)
     assert told["stages"][0]["training"][0]["steps"] == 1_000_000
     assert len(calls) < 150
+    told = preview(make_task(slow=0.001), Recipe((fw.Train(steps=1_000_000),)), seconds=5.0)
+    assert told["stages"][0]["training"][0]["timed_steps"] > 50, "what the first step loads must not use up the time"
     assert preview(make_task(slow=0.01), Recipe((fw.Train(steps=1),)))["estimate"]["seconds"] >= 0.01
 
 

@@ -15,13 +15,15 @@ from pathlib import Path
 
 import torch
 
+from featherweight.artefact import PLAN, WORK
 from featherweight.digits import DigitsNet, digits_task
 from featherweight.doctor import need
 from featherweight.errors import ArtefactError
 from featherweight.progress import watch
 from featherweight.prune import GradualPruning
-from featherweight.recipe import Recipe
+from featherweight.recipe import Recipe, to_dict
 from featherweight.run import Result, compress
+from featherweight.state import load_state
 from featherweight.task import Stage
 from featherweight.train import Train
 
@@ -77,16 +79,24 @@ def demo(
 
 def _check_own(folder: Path) -> None:
     """An earlier demo's folder, finished or not, may be replaced; another run's may not."""
-    made = folder / "report.json"
-    with contextlib.suppress(OSError, ValueError):
-        if json.loads(made.read_text(encoding="utf-8"))["load"]["class_hint"] == _hint():
-            return
-    if (folder / "plan.json").exists():
+    used = (folder / PLAN).exists() or (folder / WORK).exists()
+    if used and not _is_finished_demo(folder) and not _is_unfinished_demo(folder):
         raise ArtefactError(f"{folder} holds a run that is not the demo's. Give another folder: --out FOLDER.")
 
 
-def _hint() -> str:
-    return f"{DigitsNet.__module__}:{DigitsNet.__qualname__}"
+def _is_finished_demo(folder: Path) -> bool:
+    with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+        report = json.loads((folder / "report.json").read_text(encoding="utf-8"))
+        return bool(report["load"]["class_hint"] == f"{DigitsNet.__module__}:{DigitsNet.__qualname__}")
+    return False
+
+
+def _is_unfinished_demo(folder: Path) -> bool:
+    """Told by the recipe, which is the first thing that a run puts into its folder of work."""
+    with contextlib.suppress(ArtefactError, KeyError, TypeError):
+        begun = load_state(folder / WORK / "run.safetensors")["run"]["recipe"]
+        return begun in [[to_dict(stage) for stage in recipe(quick).stages] for quick in (False, True)]
+    return False
 
 
 @contextlib.contextmanager

@@ -117,6 +117,11 @@ def test_a_bad_task_is_answered_in_one_message_and_2(project: Path, run: Run, na
     assert not (project / "run/plan.json").exists()
 
 
+def test_an_error_of_ours_in_the_users_function_keeps_its_code(project: Path, run: Run) -> None:
+    result = run(*COMPRESS, "--task", "tasks:needs_an_extra")
+    assert result.exit_code == 5 and result.stderr.startswith("MissingExtra: a_package_that_is_not_there")
+
+
 @pytest.mark.parametrize("name", ["broken", "broken_evaluate"])
 def test_the_users_line_is_named(project: Path, run: Run, name: str) -> None:
     culprits = {"broken": 'return {}["no such key"]', "broken_evaluate": 'raise KeyError("my own mistake")'}

@@ -9,6 +9,7 @@ from torch.nn.functional import cross_entropy
 from torch.utils.data import DataLoader, TensorDataset
 
 import featherweight as fw
+from featherweight.errors import require
 
 
 def net():
@@ -98,3 +99,7 @@ def broken_evaluate():
 
 def needs_an_argument(width):
     return net()
+
+
+def needs_an_extra():
+    return require("a_package_that_is_not_there", extra="train")

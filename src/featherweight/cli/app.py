@@ -12,7 +12,14 @@ import typer
 from typer.core import TyperGroup
 
 from featherweight import __version__
-from featherweight.cli import bench, compress, console, demo, doctor, export, failures, inspect, report
+from featherweight.cli import console, failures
+from featherweight.cli.bench import command as bench
+from featherweight.cli.compress import command as compress
+from featherweight.cli.demo import command as demo
+from featherweight.cli.doctor import command as doctor
+from featherweight.cli.export import command as export
+from featherweight.cli.inspect import command as inspect
+from featherweight.cli.report import command as report
 
 __all__ = ["app", "main"]
 
@@ -77,13 +84,13 @@ def program(
     """Makes PyTorch models smaller and faster, and proves it. Start with: featherweight demo"""
 
 
-app.command("demo")(demo.command)
-app.command("doctor")(doctor.command)
-app.command("inspect")(inspect.command)
-app.command("compress")(compress.command)
-app.command("bench")(bench.command)
-app.command("export")(export.command)
-app.command("report")(report.command)
+app.command("demo")(demo)
+app.command("doctor")(doctor)
+app.command("inspect")(inspect)
+app.command("compress")(compress)
+app.command("bench")(bench)
+app.command("export")(export)
+app.command("report")(report)
 
 
 def main() -> None:

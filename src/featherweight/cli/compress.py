@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import shlex
 import shutil
 from collections.abc import Mapping, Sequence
@@ -221,6 +222,8 @@ def _show_preview(found: Mapping[str, Any]) -> None:
     free = "" if found["disk_free_bytes"] is None else f"; {words.size(found['disk_free_bytes'])} are free"
     disk, peak = words.size(estimate["disk_bytes"]), words.size(estimate["disk_peak_bytes"])
     say(f"  disk    {disk} at the end at most, {peak} while it runs{free}")
+    if (found["disk_free_bytes"] or math.inf) < estimate["disk_peak_bytes"]:
+        say("  The disk is too small for that.", "yellow")
     say("Nothing was written.")
 
 

@@ -36,7 +36,7 @@ def explained(*, debug: bool, answer: TextIO | None) -> Iterator[None]:
     """Turns an exception into one message on stderr, an `error` object on `answer` where one is given, and an exit code."""
     try:
         yield
-    except (TyperException, typer.Exit, typer.Abort):
+    except (TyperException, typer.Exit, typer.Abort, BrokenPipeError):  # typer's to answer
         raise
     except (Exception, KeyboardInterrupt) as error:
         if debug:
