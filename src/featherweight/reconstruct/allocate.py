@@ -80,8 +80,9 @@ def cheapest(scores: Tensor, units: Units, rows: int, zeros: int, per_row: bool 
     if per_row:
         order = prices.argsort(dim=1, stable=True)
         before = sizes.gather(1, order).cumsum(1) - sizes.gather(1, order)
-        share = zeros * sizes.sum(1, keepdim=True) / sizes.sum()
-        return torch.zeros_like(scores, dtype=torch.bool).scatter_(1, order, before < share.round())
+        reached = (zeros * sizes.sum(1).cumsum(0) / sizes.sum()).round()
+        share = reached.diff(prepend=reached.new_zeros(1))[:, None]
+        return torch.zeros_like(scores, dtype=torch.bool).scatter_(1, order, before < share)
     order = prices.flatten().argsort(stable=True)
     before = sizes.flatten()[order].cumsum(0) - sizes.flatten()[order]
     chosen = torch.zeros(scores.numel(), dtype=torch.bool, device=scores.device)

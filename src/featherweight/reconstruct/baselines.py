@@ -39,7 +39,9 @@ def sparsegpt(problem: Pruning) -> tuple[Tensor, Tensor]:
     """
     units = problem.units
     if units.columns.shape[1] != 1 or units.rows != 1:
-        raise OptionError("sparsegpt chooses single weights and N:M only; take solver 'exact_obs' for tiles and columns.")
+        raise OptionError(
+            "sparsegpt chooses single weights and N:M only; take solver 'exact_obs' for tiles and columns."
+        )
     W = problem.W.clone()
     pruned = torch.zeros_like(W, dtype=torch.bool)
     factor = torch.linalg.cholesky(problem.damped.inverse, upper=True)

@@ -78,7 +78,7 @@ def bytes_per_matrix(d: int, dtype: torch.dtype) -> int:
 def batches(count: int, each_bytes: int, budget_bytes: int) -> Iterator[slice]:
     """Slices of 0..count, as even as they come, whose items together stay within the budget (one item at least)."""
     size = max(1, budget_bytes // max(1, each_bytes))
-    pieces = max(1, -(-count // size))
+    pieces = -(-count // size)
     start = 0
     for piece in range(pieces):
         stop = start + (count - start) // (pieces - piece)

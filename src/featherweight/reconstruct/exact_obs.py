@@ -213,10 +213,11 @@ def _scores(blocks: Tensor, w: Tensor) -> Tensor:
     c = blocks.shape[-1]
     if c == 1:
         squares = w[:, 0, :, 0].square() if w.shape[1] == 1 else w[..., 0].square().sum(1)
-        return squares / blocks[:, :, 0, 0]
+        return squares.div(blocks[:, :, 0, 0])
     if c > 16:
         factor = torch.linalg.cholesky(blocks)
-        return torch.linalg.solve_triangular(factor, w.permute(0, 2, 3, 1), upper=False).square().sum((2, 3))
+        whitened: Tensor = torch.linalg.solve_triangular(factor, w.permute(0, 2, 3, 1), upper=False)
+        return whitened.square().sum((2, 3))
     score = torch.zeros_like(blocks[:, :, 0, 0])
     for _ in range(c):
         pivot, head = blocks[..., 0, 0], w[..., 0]

@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import dataclasses
 
-import torch
 from torch import Tensor
 
 from featherweight.errors import OptionError
@@ -20,6 +19,7 @@ __all__ = ["Pruning", "pruning"]
 class Pruning:
     """W (rows, d) in float64, the damped H, the units that may go, and how many weights must (at least) be zero.
 
+    Columns of W whose inputs are dead are zero here; what a solver does not remove of them is put back in the end.
     `budget_bytes` bounds the memory that a solver uses at one time beyond a few matrices of W's and H's size.
     """
 
@@ -54,16 +54,20 @@ def pruning(
 ) -> Pruning:
     """Checks a layer and what is asked of it. Raises `OptionError` and `NumericalError`; see `prune` for the meaning.
 
+    >>> import torch
     >>> pruning(torch.ones(2, 8), torch.eye(8), "2:4").zeros
     8
     """
     damped = damp(H, damping)
-    work = check_weights(W, H)
+    # Weights of dead inputs are free: as zeros they are the first that every solver removes.
+    work = check_weights(W, H).masked_fill(damped.dead, 0.0)
     rows, d = work.shape
     units = units_of(pattern, rows, d, run)
     if units.quota is not None:
         if sparsity is not None:
-            raise OptionError(f"pattern {pattern} says itself how many weights go; leave sparsity out (got {sparsity!r}).")
+            raise OptionError(
+                f"pattern {pattern} says itself how many weights go; leave sparsity out (got {sparsity!r})."
+            )
         return Pruning(work, damped, units, rows * int(units.quota.sum()), budget_bytes)
     if sparsity is None or not 0 <= sparsity <= 1:
         raise OptionError(f"sparsity is the share of zeros, from 0 to 1; got {sparsity!r}.")

@@ -1,0 +1,206 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`prune`: one layer's weights with zeros of a pattern where they cost least, by any of the solvers in `PRUNERS`.
+
+The table is the whole dispatch: a name, and a function of one `Pruning` problem to weights and a mask. Work is counted in
+units of 1e9 multiply-adds from the layer's shape alone, so that what a budget allows is the same on every machine.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping
+
+import torch
+from torch import Tensor
+
+from featherweight.errors import OptionError, nearest
+from featherweight.patterns import Pattern
+from featherweight.reconstruct import admm as _admm
+from featherweight.reconstruct import baselines
+from featherweight.reconstruct.exact_obs import eliminate
+from featherweight.reconstruct.hessian import layer_loss
+from featherweight.reconstruct.problem import Pruning, pruning
+from featherweight.reconstruct.refit import refit_rows
+from featherweight.reconstruct.swap import swap
+from featherweight.reconstruct.units import ColumnSets
+
+__all__ = ["PRUNERS", "Pruned", "Pruner", "prune"]
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Pruned:
+    """A pruned layer: `weights` (rows, d) in W's dtype, `pruned` (True where zero), and what is known of them.
+
+    `loss` is ½ Σ (w - v) H (w - v)ᵀ of the weights as delivered, on the H that was given. `losses` has it for each solver
+    that was tried, `work` is in 1e9 multiply-adds, `damping` is what was used, and `notes` are for the user's eyes.
+    """
+
+    weights: Tensor
+    pruned: Tensor
+    loss: float
+    solver: str
+    losses: Mapping[str, float]
+    work: float
+    damping: float
+    notes: tuple[str, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class Pruner:
+    """A solver: `run` gives float64 weights and the mask of what is zero, `work` its cost in 1e9 multiply-adds."""
+
+    run: Callable[[Pruning], tuple[Tensor, Tensor]]
+    work: Callable[[Pruning], float]
+    tiles: bool = True
+
+
+def prune(
+    W: Tensor,
+    H: Tensor,
+    pattern: str | Pattern | ColumnSets = "weight",
+    sparsity: float | None = None,
+    *,
+    solver: str = "best",
+    run: int | None = None,
+    damping: float = 1e-4,
+    budget_bytes: int = 1 << 30,
+    work: float = 1000.0,
+) -> Pruned:
+    """Zeros in W (rows, d) where, with all other weights refitted, they raise the layer's error on H (d, d) least.
+
+    Saves multiply-adds and bytes only where a format or a runtime skips zeros. W and H are not changed.
+
+    - `pattern`: `weight`, `N:M` (keeps N of M), `RxC` tiles, `column`, or sets of columns that go together.
+    - `sparsity`: share of zeros in the matrix, over all rows together; tiles and columns reach at least that. N:M says
+      it itself.
+    - `solver`: a key of `PRUNERS`, or `best`: those that `work` (1e9 multiply-adds) pays for, and the lowest loss wins.
+    - `run`: input channels at one kernel position, which N:M groups and tiles do not cross; columns are those channels.
+    - `damping`: relative to H's mean diagonal, a ridge toward W (see `damp`). `budget_bytes`: memory for batches of rows.
+
+    Raises `OptionError` and `NumericalError`.
+
+    >>> H = torch.tensor([[1.0, 0.9], [0.9, 1.0]])
+    >>> result = prune(torch.tensor([[1.0, 1.0]]), H, "weight", 0.5, damping=0.0)
+    >>> result.weights, round(result.loss, 4)
+    (tensor([[0.0000, 1.9000]]), 0.095)
+    """
+    problem = pruning(W, H, pattern, sparsity, run=run, damping=damping, budget_bytes=budget_bytes)
+    names = affordable(problem, work) if solver == "best" else [solver]
+    if names[0] not in PRUNERS:
+        close = ", ".join(nearest(solver, [*PRUNERS, "best"])) or "best"
+        raise OptionError(f"solver {solver!r} is none of {', '.join(PRUNERS)}, best. Nearest: {close}.")
+    losses: dict[str, float] = {}
+    answers: dict[str, tuple[Tensor, Tensor]] = {}
+    for name in names:
+        weights, pruned = PRUNERS[name].run(problem)
+        weights = torch.where(problem.damped.dead & ~pruned, W, weights.to(W.dtype))
+        losses[name] = layer_loss(W, weights, H)
+        if losses[name] <= min(losses.values()):
+            answers = {name: (weights, pruned)}
+    [(solver, (weights, pruned))] = answers.items()
+    spent = sum(PRUNERS[name].work(problem) for name in names)
+    return Pruned(weights, pruned, losses[solver], solver, losses, spent, problem.damped.damping, problem.damped.notes)
+
+
+def affordable(problem: Pruning, work: float) -> list[str]:
+    """What `best` tries: the baselines, and of each of two families the best solver that what is left of `work` pays for.
+
+    The last of the first family runs whatever it costs.
+    """
+    names = [name for name in _BASELINES if _takes(problem, name)]
+    for family in _FAMILIES:
+        takes = [name for name in family if _takes(problem, name)]
+        fits = [name for name in takes if PRUNERS[name].work(problem) <= work]
+        chosen = fits[:1] or (takes[-1:] if family is _FAMILIES[0] else [])
+        work -= sum(PRUNERS[name].work(problem) for name in chosen)
+        names += chosen
+    return names
+
+
+def _takes(problem: Pruning, name: str) -> bool:
+    return PRUNERS[name].tiles or (problem.units.columns.shape[1] == 1 and problem.units.rows == 1)
+
+
+def _refitted(choose: Callable[[Pruning], Tensor]) -> Callable[[Pruning], tuple[Tensor, Tensor]]:
+    """Exact weights for the mask (rows, d) that `choose` finds."""
+
+    def solve(problem: Pruning) -> tuple[Tensor, Tensor]:
+        pruned = choose(problem)
+        return refit_rows(problem.W, problem.damped, pruned, problem.budget_bytes), pruned
+
+    return solve
+
+
+def _exact_obs(problem: Pruning) -> Tensor:
+    found = eliminate(problem.W, problem.damped.inverse, problem.units, budget_bytes=problem.budget_bytes)
+    if problem.units.quota is not None:
+        return problem.mask(found.chosen(torch.full((len(found.order),), found.order.shape[1])))
+    return problem.mask(found.chosen(found.counts(problem.zeros, problem.rows)))
+
+
+def _searched(problem: Pruning, stages: int = 12, each: int = 10) -> Tensor:
+    return problem.mask(_admm.admm(problem, stages, each))
+
+
+def _baseline(solve: Callable[[Pruning], tuple[Tensor, Tensor]]) -> Callable[[Pruning], tuple[Tensor, Tensor]]:
+    def run(problem: Pruning) -> tuple[Tensor, Tensor]:
+        weights, chosen = solve(problem)
+        return weights, problem.mask(chosen)
+
+    return run
+
+
+def _kept(problem: Pruning) -> float:
+    return problem.d * (1 - problem.zeros / max(1, problem.W.numel()))
+
+
+def _refit_work(problem: Pruning) -> float:
+    smaller = min(_kept(problem), problem.d - _kept(problem))
+    factors = 1 if problem.units.rows >= problem.rows else problem.rows / problem.units.rows
+    return (factors * smaller**3 / 3 + problem.rows * problem.d**2) / 1e9
+
+
+def _obs_work(problem: Pruning) -> float:
+    return problem.rows / min(problem.rows, problem.units.rows) * 0.41 * problem.d**3 / 1e9 + _refit_work(problem)
+
+
+def _admm_work(problem: Pruning, stages: int = 12, each: int = 10) -> float:
+    return stages * (problem.d**3 + each * problem.rows * problem.d**2) / 1e9 + _refit_work(problem)
+
+
+def _swap_work(problem: Pruning) -> float:
+    kept = _kept(problem)
+    table = kept**3 + 2 * kept**2 * max(64, kept / 2)
+    return problem.rows * (table + 8 * (1.5 * kept) ** 2) / 1e9 + _refit_work(problem)
+
+
+def _cheap(problem: Pruning) -> float:
+    return problem.rows * problem.d / 1e9
+
+
+def _sweep(problem: Pruning) -> float:
+    return problem.rows * problem.d**2 / 1e9
+
+
+PRUNERS: dict[str, Pruner] = {
+    "magnitude": Pruner(_baseline(baselines.magnitude), _cheap),
+    "wanda": Pruner(_baseline(baselines.wanda), _cheap),
+    "sparsegpt": Pruner(_baseline(baselines.sparsegpt), _sweep, tiles=False),
+    "magnitude+refit": Pruner(_refitted(lambda p: p.mask(baselines.magnitude(p)[1])), _refit_work),
+    "wanda+refit": Pruner(_refitted(lambda p: p.mask(baselines.wanda(p)[1])), _refit_work),
+    "sparsegpt+refit": Pruner(
+        _refitted(lambda p: p.mask(baselines.sparsegpt(p)[1])), lambda p: _sweep(p) + _refit_work(p), tiles=False
+    ),
+    "exact_obs": Pruner(_refitted(_exact_obs), _obs_work),
+    "exact_obs+swap": Pruner(
+        _refitted(lambda p: swap(p, _exact_obs(p))), lambda p: _obs_work(p) + _swap_work(p), tiles=False
+    ),
+    "admm": Pruner(_refitted(_searched), _admm_work),
+    "admm+swap": Pruner(
+        _refitted(lambda p: swap(p, _searched(p))), lambda p: _admm_work(p) + _swap_work(p), tiles=False
+    ),
+}
+
+# What `best` compares with, and what it chooses from: in each family the dearest first.
+_BASELINES = ("magnitude", "wanda", "sparsegpt")
+_FAMILIES = (("admm+swap", "admm", "sparsegpt+refit", "magnitude+refit"), ("exact_obs+swap", "exact_obs"))

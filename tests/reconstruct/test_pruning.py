@@ -1,0 +1,151 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`prune` keeps the pattern, reports the true loss, and refuses what cannot be done, whatever the solver."""
+
+import pytest
+import torch
+
+from featherweight.errors import OptionError
+from featherweight.patterns import Pattern
+from featherweight.reconstruct import PRUNERS, prune
+
+from .problems import layer, output_error
+
+SINGLE = list(PRUNERS)
+TILED = [name for name in PRUNERS if PRUNERS[name].tiles]
+
+
+@pytest.mark.parametrize("solver", [*SINGLE, "best"])
+def test_single_weights_reach_the_sparsity_and_the_loss_is_true(solver: str) -> None:
+    W, H, X = layer(6, 20)
+    result = prune(W, H, "weight", 0.65, solver=solver)
+    assert int(result.pruned.sum()) == 78
+    assert bool((result.weights[result.pruned] == 0).all())
+    assert result.loss == pytest.approx(output_error(W, result.weights, X), rel=1e-9)
+    assert result.losses[result.solver] == result.loss
+
+
+@pytest.mark.parametrize("solver", [*SINGLE, "best"])
+@pytest.mark.parametrize(("n", "m"), [(1, 4), (2, 4), (3, 4), (4, 8)])
+def test_n_of_every_m_input_channels_are_kept(solver: str, n: int, m: int) -> None:
+    W, H, _ = layer(5, 32)
+    result = prune(W, H, Pattern("n:m", n=n, m=m), solver=solver, run=16)
+    assert bool(((~result.pruned).view(5, -1, m).sum(2) == n).all())
+    assert bool((result.weights[result.pruned] == 0).all())
+
+
+@pytest.mark.parametrize("solver", [*TILED, "best"])
+@pytest.mark.parametrize(("r", "c"), [(1, 4), (4, 1), (2, 3)])
+def test_tiles_go_whole(solver: str, r: int, c: int) -> None:
+    W, H, _ = layer(8, 24)
+    result = prune(W, H, f"{r}x{c}", 0.5, solver=solver)
+    share = result.pruned.view(8 // r, r, 24 // c, c).double().mean((1, 3))
+    assert bool(((share == 0) | (share == 1)).all())
+    assert 96 <= int(result.pruned.sum()) < 96 + r * c
+
+
+@pytest.mark.parametrize("solver", [*TILED, "best"])
+def test_columns_go_whole_over_all_taps(solver: str) -> None:
+    W, H, _ = layer(4, 12)
+    result = prune(W, H, "column", 0.5, run=4, solver=solver)
+    assert bool((result.pruned == result.pruned[:1]).all())
+    assert result.pruned[0].view(3, 4).sum(0).sort().values.tolist() == [0, 0, 3, 3]
+
+
+def test_column_sets_go_together_and_others_stay() -> None:
+    W, H, _ = layer(4, 10)
+    result = prune(W, H, [[0, 9], [1, 8], [2, 7, 3]], 0.3, solver="exact_obs")
+    gone = set(result.pruned[0].nonzero()[:, 0].tolist())
+    assert len(gone) >= 3
+    assert gone <= {0, 9, 1, 8, 2, 7, 3}
+    assert all(len(gone & columns) in (0, len(columns)) for columns in ({0, 9}, {1, 8}, {2, 7, 3}))
+
+
+def test_short_groups_and_tiles_at_the_end_of_a_run_follow_the_stated_rule() -> None:
+    W, H, _ = layer(3, 14)
+    groups = prune(W, H, "2:4", run=7)  # 4 + 3 channels at each of two taps: 2 and 1 go
+    assert (groups.pruned.view(3, 2, 7)[:, :, :4].sum(2) == 2).all() and (
+        groups.pruned.view(3, 2, 7)[:, :, 4:].sum(2) == 1
+    ).all()
+    tiles = prune(W, H, "1x4", 0.5, run=7)
+    for tile in (slice(0, 4), slice(4, 7), slice(7, 11), slice(11, 14)):
+        assert bool((tiles.pruned[:, tile].sum(1) % tiles.pruned[:, tile].shape[1] == 0).all())
+
+
+@pytest.mark.parametrize("solver", ["admm+swap", "exact_obs", "sparsegpt"])
+def test_float32_goes_in_and_comes_out(solver: str) -> None:
+    W, H, _ = layer(4, 12)
+    result = prune(W.float(), H.float(), "weight", 0.5, solver=solver)
+    assert result.weights.dtype == torch.float32
+    assert result.loss == pytest.approx(prune(W, H, "weight", 0.5, solver=solver).loss, rel=1e-3)
+
+
+def test_dead_inputs_are_removed_first() -> None:
+    W, H, _ = layer(4, 12)
+    H[[2, 5]] = 0.0
+    H[:, [2, 5]] = 0.0
+    W[:, [2, 5]] = 10.0
+    for solver in PRUNERS:
+        result = prune(W, H, "weight", 8 / 48, solver=solver)
+        if solver != "sparsegpt" and solver != "sparsegpt+refit":  # which spreads zeros evenly over blocks of columns
+            assert result.pruned.nonzero().tolist() == [[row, column] for row in range(4) for column in (2, 5)], solver
+        assert result.loss == pytest.approx(0.0, abs=1e-12)
+    few = prune(W, H, "weight", 3 / 48, solver="admm")
+    assert few.weights[:, [2, 5]].flatten().sort().values.tolist() == [0.0] * 3 + [10.0] * 5
+    assert "2 of 12 inputs" in result.notes[0]
+
+
+def test_best_is_the_least_of_what_its_budget_paid_for() -> None:
+    W, H, _ = layer(8, 24)
+    rich, poor = prune(W, H, "weight", 0.5), prune(W, H, "weight", 0.5, work=0.0)
+    assert {"magnitude", "wanda", "sparsegpt", "admm+swap", "exact_obs+swap"} == set(rich.losses)
+    assert {"magnitude", "wanda", "sparsegpt", "magnitude+refit"} == set(poor.losses)
+    for result in (rich, poor):
+        assert result.loss == min(result.losses.values())
+    again = prune(W, H, "weight", 0.5)
+    assert torch.equal(again.weights, rich.weights) and again.work == rich.work
+
+
+@pytest.mark.parametrize("solver", ["admm+swap", "exact_obs", "magnitude+refit"])
+@pytest.mark.parametrize("sparsity", [0.0, 1.0])
+def test_none_and_all(solver: str, sparsity: float) -> None:
+    W, H, _ = layer(3, 8)
+    result = prune(W, H, "weight", sparsity, solver=solver)
+    assert torch.equal(result.weights, W * (1 - sparsity))
+
+
+def test_zeros_that_are_there_are_kept() -> None:
+    W, H, _ = layer(5, 16)
+    W[torch.rand(5, 16, generator=torch.Generator().manual_seed(0)) < 0.3] = 0.0
+    for solver in ("exact_obs", "admm"):
+        result = prune(W, H, "weight", 0.6, solver=solver)
+        assert bool(result.pruned[W == 0].all()), solver
+
+
+@pytest.mark.parametrize(
+    ("pattern", "sparsity", "options", "message"),
+    [
+        ("weight", None, {}, "share of zeros"),
+        ("weight", 1.5, {}, "share of zeros"),
+        ("2:4", 0.5, {}, "leave sparsity out"),
+        ("row", 0.5, {}, "whole outputs"),
+        ("neuron", 0.5, {}, "whole outputs"),
+        ("1x4", 0.5, {"run": 5}, "divides"),
+        ([[0, 1], [1, 2]], 0.1, {}, "disjoint"),
+        ([[0, 1]], 0.9, {}, "give more sets"),
+        ("weight", 0.5, {"solver": "exact"}, "exact_obs"),
+        ("weight", 0.5, {"damping": -1.0}, "damping"),
+    ],
+)
+def test_what_cannot_be_done_is_refused_with_the_way_out(
+    pattern: object, sparsity: float | None, options: dict[str, object], message: str
+) -> None:
+    W, H, _ = layer(4, 12)
+    with pytest.raises(OptionError, match=message):
+        prune(W, H, pattern, sparsity, **options)
+
+
+def test_inputs_are_not_changed() -> None:
+    W, H, _ = layer(4, 12)
+    before = W.clone(), H.clone()
+    prune(W, H, "weight", 0.5)
+    assert torch.equal(W, before[0]) and torch.equal(H, before[1])
