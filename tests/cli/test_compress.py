@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 import featherweight as fw
-from featherweight import errors
+from featherweight import artefact, errors
 
 from .conftest import RECIPE, Run, write_project
 
@@ -169,6 +169,12 @@ def test_a_second_run_into_one_folder_is_refused_and_the_first_stays(
     assert (project / "run/model.safetensors").read_bytes() == before
     assert run(*COMPRESS, "--task", "tasks:task", "--overwrite").exit_code == 4
     assert (project / "run/model.safetensors").read_bytes() == before
+
+
+def test_a_folder_that_another_run_is_writing_is_refused(project: Path, run: Run) -> None:
+    with artefact.claim(project / "run"):
+        result = run(*COMPRESS, "--task", "tasks:task", "--overwrite")
+    assert result.exit_code == 2 and "is in use by another run" in result.stderr
 
 
 def test_a_folder_that_cannot_be_written_is_refused_before_anything_runs(project: Path, run: Run) -> None:
