@@ -150,3 +150,27 @@ def test_states_wider_than_their_parameter_are_held_too_and_second_moments_are_o
             assert (state[name][pruned] == value).all()
             assert torch.equal(state[name][~pruned], before[name][~pruned])
         assert state["step"] == 3 and (state["count"] == 7).all()
+
+
+@pytest.mark.filterwarnings("ignore:Using backward.. with create_graph=True")
+def test_a_gradient_that_carries_a_graph_keeps_it() -> None:
+    """Oracle: d/dw of (2w · kept)² is 8w where kept."""
+    parameter = nn.Parameter(torch.tensor([1.0, 2.0, 3.0]))
+    pruned = torch.tensor([False, True, False])
+    zeros = Zeros()
+    zeros.hold(parameter, pruned)
+    parameter.square().sum().backward(create_graph=True)
+    gradient, parameter.grad = parameter.grad, None
+    assert gradient.tolist() == [2, 0, 6]
+    assert torch.autograd.grad(gradient.square().sum(), parameter)[0].tolist() == [8, 0, 24]
+
+
+def test_a_gradient_that_two_parameters_share_is_masked_for_one_alone() -> None:
+    """The sum hands one and the same tensor to both."""
+    first, second = (nn.Parameter(torch.ones(3)) for _ in range(2))
+    zeros = Zeros()
+    zeros.hold(first, torch.tensor([True, False, False]))
+    (first + second).sum().backward()
+    (first + second).square().sum().backward()
+    assert first.grad.tolist() == [0, 5, 5]
+    assert second.grad.tolist() == [3, 5, 5]

@@ -131,7 +131,7 @@ def test_every_kind_of_model_trains_to_the_target_and_is_left_as_it_was_found(ki
     assert list(model.state_dict()) == keys
     copied = copy.deepcopy(model)
     assert pruner.finalize() == fw.Plan()
-    assert not any(p._backward_hooks for p in (*model.parameters(), *copied.parameters()))
+    assert not any(p._post_accumulate_grad_hooks for p in (*model.parameters(), *copied.parameters()))
     model.eval()
     copied.eval()
     x = inputs(2)
@@ -264,7 +264,7 @@ def test_caps_that_leave_too_little_are_refused_with_what_they_leave() -> None:
     )
     with pytest.raises(OptionError, match=message):
         options.attach(model)
-    assert not any(p._backward_hooks for p in model.parameters())
+    assert not any(p._post_accumulate_grad_hooks for p in model.parameters())
 
 
 def test_layers_have_targets_of_their_own() -> None:
@@ -361,7 +361,7 @@ def test_finalize_lets_go_and_is_the_end() -> None:
     run(layer, optimizer, pruner, range(2))
     assert zeros(layer.weight) == 16
     assert pruner.finalize() == pruner.finalize() == fw.Plan()
-    assert not layer.weight._backward_hooks and not optimizer._optimizer_step_pre_hooks
+    assert not layer.weight._post_accumulate_grad_hooks and not optimizer._optimizer_step_pre_hooks
     with pytest.raises(OptionError, match="has been finalized"):
         pruner.step()
     layer(torch.ones(2, 8)).sum().backward()
@@ -377,7 +377,7 @@ def test_what_cannot_be_attached_leaves_no_trace() -> None:
             fw.GradualPruning(0.5, dense=(), **options).attach(layer)
     with pytest.raises(OptionError, match=r"the optimizer is str, not a torch.optim.Optimizer"):
         fw.GradualPruning(0.5, dense=()).attach(layer, "sgd")  # type: ignore[arg-type]
-    assert not layer.weight._backward_hooks
+    assert not layer.weight._post_accumulate_grad_hooks
 
 
 def test_zeros_that_a_padding_index_keeps_count_but_alone_are_no_start() -> None:

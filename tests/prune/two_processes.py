@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One of two processes that prune one model together; it imports little, because each process starts anew."""
+"""One of two processes that prune one model together. It imports little, because the process starts anew."""
 
 from __future__ import annotations
 
 import torch
+import torch._dynamo  # DistributedDataParallel imports it when it is made, in each process again
 import torch.distributed as dist
 import torch.nn.functional as F
 from safetensors.torch import save_file
@@ -33,6 +34,7 @@ def prune_on_rank(rank: int, folder: str) -> None:
             F.cross_entropy(parallel(x), y).backward()
             optimizer.step()
             pruner.step()
-        save_file(model.state_dict(), f"{folder}/{rank}.safetensors")
+        gradients = {f"{name}.grad": p.grad for name, p in model.named_parameters() if p.grad is not None}
+        save_file(model.state_dict() | gradients, f"{folder}/{rank}.safetensors")
     finally:
         dist.destroy_process_group()

@@ -2,8 +2,9 @@
 """Masks are zeros: entries of parameters that stay zero while any optimizer trains the rest.
 
 No parametrization and no buffer: state-dict keys, ties, `deepcopy`, export, `torch.compile` and DDP work as before,
-because a pruned weight *is* zero. A hook on the tensor masks its gradient; after each optimizer step the zeros are put
-back, and the optimizer's momentum is cleared where they are.
+because a pruned weight *is* zero. A hook on the parameter masks its gradient as it is accumulated (before processes
+share it and before it is clipped); after each optimizer step the zeros are put back, and the optimizer's momentum is
+cleared where they are.
 """
 
 from __future__ import annotations
@@ -60,8 +61,8 @@ class Zeros:
         kept.copy_(pruned).sub_(1)  # True is 0, False is -1, which is all ones
         self._held[key] = (parameter, kept)
         if key not in self._hooks and parameter.requires_grad:
-            self._hooks[key] = parameter.register_hook(  # type: ignore[no-untyped-call]
-                lambda gradient: self._mask_gradient(key, gradient)
+            self._hooks[key] = parameter.register_post_accumulate_grad_hook(  # type: ignore[no-untyped-call]
+                self._mask_gradient
             )
         self._enforce(parameter, kept)
 
@@ -76,13 +77,17 @@ class Zeros:
     def __len__(self) -> int:
         return len(self._held)
 
-    def enforce(self) -> None:
-        """Puts zeros back into weights and optimizer state. Call it after each optimizer step."""
+    def enforce(self, states: bool = True) -> None:
+        """Puts zeros back into weights and, with `states`, into optimizer state. Call it after each optimizer step.
+
+        Momentum of masked gradients stays zero by itself; `states` is for optimizers that make something else of them,
+        and for second moments, which decay. Now and then is enough.
+        """
         for key, (parameter, kept) in self._held.items():
             if kept.device != parameter.device:  # the model was moved after the mask was made
                 kept = kept.to(parameter.device)
                 self._held[key] = (parameter, kept)
-            self._enforce(parameter, kept)
+            self._enforce(parameter, kept, states)
 
     def release(self) -> None:
         """Removes the gradient hooks. The zeros stay where they are, and nothing holds them from now on."""
@@ -92,25 +97,32 @@ class Zeros:
         self._held.clear()
 
     @torch.no_grad()
-    def _enforce(self, parameter: nn.Parameter, kept: Tensor) -> None:
+    def _enforce(self, parameter: nn.Parameter, kept: Tensor, states: bool = True) -> None:
         _clear(parameter, kept)
-        if self.optimizer is None:
+        if self.optimizer is None or not states:
             return
         for name, value in self.optimizer.state.get(parameter, {}).items():
             if isinstance(value, Tensor) and value.shape == parameter.shape and value.is_floating_point():
                 _clear(value, kept, to_one=value.is_cpu and name in _SECOND_MOMENTS)
 
-    def _mask_gradient(self, key: int, gradient: Tensor) -> Tensor:
-        kept = self._held[key][1].to(gradient.device)
+    @torch.no_grad()
+    def _mask_gradient(self, parameter: Tensor) -> None:
+        """In place: what has been accumulated is the parameter's own. Where a graph was asked for, it is kept."""
+        gradient = parameter.grad
+        if gradient is None:
+            return
+        kept = self._held[id(parameter)][1].to(gradient.device)
         if gradient.is_sparse:  # an embedding with sparse=True
             gradient = gradient.coalesce()
             values = gradient.values().masked_fill(kept[tuple(gradient.indices())] == 0, 0.0)
-            return torch.sparse_coo_tensor(
+            parameter.grad = torch.sparse_coo_tensor(
                 gradient.indices(), values, gradient.shape, is_coalesced=True, check_invariants=False
             )
-        if gradient.element_size() != kept.element_size():
-            return gradient.masked_fill(kept == 0, 0.0)
-        return (gradient.view(kept.dtype) & kept).view(gradient.dtype)
+        elif gradient.requires_grad:
+            with torch.enable_grad():
+                parameter.grad = gradient.masked_fill(kept == 0, 0.0)
+        else:
+            _clear(gradient, kept)
 
 
 def _clear(tensor: Tensor, kept: Tensor, to_one: bool = False) -> None:

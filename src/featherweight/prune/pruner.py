@@ -37,6 +37,8 @@ if TYPE_CHECKING:
 __all__ = ["Pruner"]
 
 _VERSION = 1
+# Counted by step, so that a resumed run's optimizer has the same bits. Half the cost of a step lies in this.
+_STATES_EVERY = 16
 
 
 class Pruner:
@@ -96,7 +98,7 @@ class Pruner:
         """
         self._refuse_finalized()
         o = self.options
-        self._zeros.enforce()
+        self._zeros.enforce(states=self._step % _STATES_EVERY == 0)
         due = self._pending or updates_at(self._step, o.begin, o.end, o.every, o.schedule)
         updated = due and self._update()
         self._step += 1
