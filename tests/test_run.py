@@ -178,7 +178,7 @@ class Breaks:
 def test_a_stage_that_breaks_what_another_made_is_stopped(tmp_path: Path) -> None:
     with pytest.raises(errors.StageError, match=r"'2 breaks' filled \d+ zeros of 3.weight") as caught:
         fw.compress(make_task(), [fw.Prune(0.5), Breaks()], out=tmp_path / "run", progress=False)
-    assert "1 finished stages are kept" in caught.value.__notes__[0]
+    assert "1 finished stages and the last checkpoint" in caught.value.__notes__[0]
     assert (tmp_path / "run" / ".work" / "stage-1.safetensors").exists()
 
 

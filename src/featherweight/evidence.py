@@ -143,8 +143,8 @@ def show(evidence: Evidence, folder: Path | None, tell: Tell) -> tuple[dict[str,
         coded = artefact.write_model(model, plan, folder)
         after = dataclasses.replace(after, packed_bytes=(folder / artefact.MODEL).stat().st_size)
     export = None if folder is None else _export(evidence, folder, warnings, tell)
-    latencies = _latencies(evidence, folder, export, warnings, tell)
-    comparisons = {name: measure.compare(first, second) for name, (first, second) in latencies.items()}
+    latencies, noise = _latencies(evidence, folder, export, warnings, tell)
+    comparisons = {n: measure.compare(first, second, noise=noise[n]) for n, (first, second) in latencies.items()}
     before = dataclasses.replace(evidence.before, latency={name: pair[0] for name, pair in latencies.items()})
     after = dataclasses.replace(after, latency={name: pair[1] for name, pair in latencies.items()})
     report = _report(evidence, before, after, comparisons, export, warnings, coded, folder)
@@ -172,18 +172,25 @@ def _export(evidence: Evidence, folder: Path, warnings: list[str], tell: Tell) -
 
 def _latencies(
     evidence: Evidence, folder: Path | None, export: Mapping[str, Any] | None, warnings: list[str], tell: Tell
-) -> dict[str, tuple[Latency, Latency]]:
-    """Before and after, in every runtime that is there, all interleaved in one run."""
+) -> tuple[dict[str, tuple[Latency, Latency]], dict[str, float]]:
+    """Before and after in every runtime that is there, all interleaved in one run, and the noise of each runtime.
+
+    The noise is seen, not assumed: the model as it was is timed twice, by two sessions, and by as much as these two
+    may differ nothing is claimed of the third. On a machine that is busy with other work that is a lot.
+    """
     tell({"kind": "message", "text": "timing before and after, interleaved"})
     inputs = evidence.task.example_inputs
-    with _sessions(evidence, folder, export, warnings) as pairs:
-        candidates: dict[str, Callable[[], Any]] = {}
-        for name, (first, second) in pairs.items():
-            candidates[f"{name} before"] = _call(first, inputs)
-            candidates[f"{name} after"] = _call(second, inputs)
+    with _sessions(evidence, folder, export, warnings) as sessions:
+        candidates = {
+            f"{name} {which}": _call(session, inputs)
+            for name, three in sessions.items()
+            for which, session in zip(("before", "again", "after"), three, strict=True)
+        }
         batch = next((int(x.shape[0]) for x in inputs if isinstance(x, Tensor) and x.ndim), 1)
         timed = measure.time_callables(candidates, batch=batch)
-    return {name: (timed[f"{name} before"], timed[f"{name} after"]) for name in pairs}
+    pairs = {name: (timed[f"{name} before"], timed[f"{name} after"]) for name in sessions}
+    controls = {name: measure.compare(timed[f"{name} before"], timed[f"{name} again"]) for name in sessions}
+    return pairs, {n: max(measure.NOISE, c.high - 1, 1 / c.low - 1) for n, c in controls.items()}
 
 
 def _call(session: Callable[..., Any], inputs: tuple[Any, ...]) -> Callable[[], Any]:
@@ -193,21 +200,21 @@ def _call(session: Callable[..., Any], inputs: tuple[Any, ...]) -> Callable[[], 
 @contextlib.contextmanager
 def _sessions(
     evidence: Evidence, folder: Path | None, export: Mapping[str, Any] | None, warnings: list[str]
-) -> Iterator[dict[str, tuple[Callable[..., Any], Callable[..., Any]]]]:
+) -> Iterator[Mapping[str, tuple[Callable[..., Any], ...]]]:
+    """By runtime: the model as it was, the same once more, and the model as it is."""
     reference, model = evidence.task.model, evidence.model
-    pairs: dict[str, tuple[Callable[..., Any], Callable[..., Any]]] = {
-        "torch": (deploy.torch_session(reference), deploy.torch_session(model))
-    }
+    sessions = {"torch": tuple(deploy.torch_session(m) for m in (reference, reference, model))}
     with tempfile.TemporaryDirectory() as scratch:
         if folder is not None and export is not None and export.get("path"):
             dense = Path(scratch) / "before.onnx"
             try:
                 deploy.export_onnx(reference, evidence.task.example_inputs, dense)
                 for runtime in deploy.available_runtimes():
-                    pairs[runtime] = (deploy.session(dense, runtime), deploy.session(folder / "model.onnx", runtime))
+                    files = (dense, dense, folder / "model.onnx")
+                    sessions[runtime] = tuple(deploy.session(file, runtime) for file in files)
             except FeatherweightError as error:
                 warnings.append(f"Not timed in every runtime: {error}")
-        yield pairs
+        yield sessions
 
 
 def _report(

@@ -27,6 +27,8 @@ _SHOWN = ("loss", "lr", "sparsity", "metric")
 def watch(progress: bool | None, stream: TextIO) -> Iterator[Callable[[dict[str, Any]], None]]:
     """Gives a function that takes events; shows them if `progress`, or if it is None and the stream is a terminal.
 
+    Where the stream is no terminal, as in the log of a CI job, what is shown is one plain line a stage and a message.
+
     >>> import sys
     >>> with watch(False, sys.stderr) as tell:
     ...     tell({"kind": "step", "step": 1, "total": 2})
@@ -34,6 +36,9 @@ def watch(progress: bool | None, stream: TextIO) -> Iterator[Callable[[dict[str,
     console = Console(file=stream)
     if progress is False or (progress is None and not console.is_terminal):
         yield lambda event: None
+        return
+    if not console.is_terminal:
+        yield lambda event: _plain(event, stream)
         return
     columns = (
         TextColumn("{task.description}"),
@@ -47,6 +52,13 @@ def watch(progress: bool | None, stream: TextIO) -> Iterator[Callable[[dict[str,
         shown = _Bars(bars)
         yield shown.tell
         shown.finish()
+
+
+def _plain(event: dict[str, Any], stream: TextIO) -> None:
+    text = event.get("name") if event["kind"] == "stage" else event.get("text")
+    if text is not None:
+        stream.write(f"{text}\n")
+        stream.flush()
 
 
 class _Bars:

@@ -201,8 +201,11 @@ class _Run:
                 self._one(name, method)
             except Exception as error:
                 if self.work is not None:
+                    kept = (
+                        f"{index - 1} finished stages and the last checkpoint" if index > 1 else "The last checkpoint"
+                    )
                     error.add_note(
-                        f"{index - 1} finished stages are kept in {self.folder}; resume=True (--resume) goes on from them."
+                        f"{kept} of this one stay in {self.folder}; resume=True (--resume) goes on from there."
                     )
                 raise
             if file is not None and self.main:

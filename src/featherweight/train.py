@@ -280,6 +280,10 @@ class _Loop:
         with self.accelerator.autocast():
             loss = self._loss(batch)
         self.losses.append(loss.detach())
+        if (
+            loss.device.type == "cpu"
+        ):  # elsewhere it would wait for the device at every step; `_tell` looks often enough
+            self._check(float(loss.detach()))
         self.stepper.zero_grad()
         self.accelerator.backward(loss)
         if self.options.clip is not None:
@@ -294,6 +298,13 @@ class _Loop:
             facts |= hook.step()
         self.step += 1
         self._tell(lr, facts)
+
+    def _check(self, loss: float) -> None:
+        if not math.isfinite(loss):
+            raise NumericalError(
+                f"The training loss became {loss} by step {self.step} (learning rate {self.optimizer.param_groups[0]['lr']:.3g}). "
+                "Lower lr, set clip=1.0, or look for bad values in the data; the last checkpoint and all earlier stages are kept."
+            )
 
     def _loss(self, batch: Any) -> Tensor:
         try:
@@ -321,11 +332,7 @@ class _Loop:
         if not (due or evaluates or facts.pop("updated", False)):
             return
         loss = float(torch.stack(self.losses).float().mean())
-        if not math.isfinite(loss):
-            raise NumericalError(
-                f"The training loss became {loss} by step {self.step} (learning rate {lr:.3g}). Lower lr, set clip=1.0, "
-                "or look for bad values in the data; the last checkpoint and all earlier stages are kept."
-            )
+        self._check(loss)
         self.losses.clear()
         facts.pop("updated", None)
         record = {"kind": "record", "step": self.step, "loss": loss, "lr": lr, **facts}
