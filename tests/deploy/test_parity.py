@@ -92,6 +92,8 @@ def test_what_is_not_a_number_on_one_side_fails(value: float, tmp_path) -> None:
     bad[0, 1] = value
     path = written(tmp_path / "m.onnx", [None, 3], {"y": [0, 0, 0]})
     assert parity(Shift(), path, [(bad,)]).passed is (value == float("inf"))  # the same infinity is no difference
+    path = written(tmp_path / "m.onnx", [None, 3], {"y": [0, 0, 1]})
+    assert not parity(Shift(), path, [(bad,)]).passed  # nor does it hide one
 
 
 def test_other_shapes_numbers_of_outputs_and_runtime_failures_are_answers_too(tmp_path) -> None:

@@ -174,6 +174,18 @@ def test_a_difference_beyond_the_noise_is_found_and_its_size_told(factor: float,
     assert sum(not verdict.low <= factor <= verdict.high for verdict in verdicts) <= 6
 
 
+def test_the_interval_is_as_wide_as_slow_spells_make_it() -> None:
+    """Ten slow rounds in a row are one bad moment, not ten samples that agree."""
+    chance = np.random.default_rng(3)
+
+    def spells() -> Latency:
+        return made(np.repeat(chance.lognormal(0, 0.2, 40), 10) * chance.lognormal(0, 0.02, 400))
+
+    verdicts = [compare(spells(), spells(), resamples=100) for _ in range(60)]
+    assert sum(not verdict.low <= 1 <= verdict.high for verdict in verdicts) <= 8
+    assert sum(verdict.faster is not None for verdict in verdicts) <= 2
+
+
 def test_a_difference_smaller_than_two_equal_sessions_show_is_not_claimed() -> None:
     exact = compare(made([1.02] * 100), made([1.0] * 100))
     assert (exact.faster, exact.low, exact.high) == (None, pytest.approx(1.02), pytest.approx(1.02))

@@ -241,20 +241,21 @@ def _range_of_quarters(baseline: Latency, candidate: Latency) -> tuple[float, fl
 def _interval(baseline: np.ndarray, candidate: np.ndarray, resamples: int) -> tuple[float, float]:
     chance = np.random.default_rng(0)
     paired = len(baseline) == len(candidate)
-    ratios = np.empty(resamples)
-    for i in range(resamples):
-        rounds = _blocks(len(baseline), chance)
-        others = rounds if paired else _blocks(len(candidate), chance)
-        ratios[i] = np.median(baseline[rounds]) / np.median(candidate[others])
-    low, high = np.percentile(ratios, [2.5, 97.5])
+    together = max(1, 2**22 // max(len(baseline), len(candidate)))  # resamples at once, so that memory stays bounded
+    ratios = []
+    for count in [together] * (resamples // together) + [resamples % together]:
+        rounds = _blocks(len(baseline), count, chance)
+        others = rounds if paired else _blocks(len(candidate), count, chance)
+        ratios.append(np.median(baseline[rounds], axis=1) / np.median(candidate[others], axis=1))
+    low, high = np.percentile(np.concatenate(ratios), [2.5, 97.5])
     return float(low), float(high)
 
 
-def _blocks(n: int, chance: np.random.Generator) -> np.ndarray:
-    """n indices made of runs of about sqrt(n) consecutive ones (circular, so that each index is as likely)."""
+def _blocks(n: int, count: int, chance: np.random.Generator) -> np.ndarray:
+    """`count` x n indices made of runs of about sqrt(n) consecutive ones (circular: each index is as likely)."""
     length = math.isqrt(n)
-    starts = chance.integers(n, size=-(-n // length))
-    return ((starts[:, None] + np.arange(length)) % n).reshape(-1)[:n]
+    starts = chance.integers(n, size=(count, -(-n // length), 1))
+    return ((starts + np.arange(length)) % n).reshape(count, -1)[:, :n]
 
 
 def _four_digits(value: float) -> float:
