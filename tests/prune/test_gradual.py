@@ -254,6 +254,25 @@ def test_global_ranking_has_one_threshold_and_honours_caps() -> None:
     assert sum(counts) == 82 and counts[2] == 6 and counts[0] <= 49 and counts[1] <= 37
 
 
+@pytest.mark.parametrize(("pattern", "half"), [("row", 8), ("column", 6), ("1x4", 2), ("2:4", 0.5), ("neuron", 6)])
+def test_global_ranking_meets_the_share_of_all_weights_in_every_pattern(pattern: str, half: float) -> None:
+    """To within half of the largest unit, and from then on exactly so."""
+    model = nn.Sequential(nn.Linear(8, 12), nn.ReLU(), nn.Linear(12, 16), nn.ReLU(), nn.Linear(16, 4))
+    options: dict[str, Any] = {"dense": ()} if pattern != "neuron" else {}
+    options |= {"pattern": pattern, "ranking": "global", "importance": "group_l2", "sparsity": 0.5}
+    pruner = fw.GradualPruning(end=4, every=2, **options).attach(model, None, (torch.zeros(1, 8),))
+    for _ in range(6):
+        facts = pruner.step()
+    own = [model[0], model[2]] if pattern == "neuron" else [model[0], model[2], model[4]]
+    total = sum(layer.weight.numel() for layer in own)
+    if pattern == "neuron":  # counted by rows; columns come on top
+        gone = sum(int((layer.weight == 0).all(1).sum()) * layer.in_features for layer in own)
+    else:
+        gone = sum(zeros(layer.weight) for layer in own)
+        assert facts["sparsity"] == gone / total
+    assert abs(gone - total / 2) <= half
+
+
 def test_caps_that_leave_too_little_are_refused_with_what_they_leave() -> None:
     model = nn.Sequential(nn.Linear(10, 10), nn.Linear(10, 10))
     model[0].weight.data[0, :5] = 0
