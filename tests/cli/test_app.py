@@ -12,6 +12,7 @@ import typer
 
 import featherweight
 from featherweight.cli import app, console
+from featherweight.progress import watch
 from tests.test_docs import parses
 
 from .conftest import Run
@@ -86,10 +87,12 @@ def test_a_table_in_a_pipe_is_plain_and_folds_nothing(capsys: pytest.CaptureFixt
     assert capsys.readouterr().out == f"name{' ' * 148}    n\n{'a' * 150}      1\n[b]{' ' * 149}1,000\n"
 
 
-@pytest.mark.parametrize(("value", "shown"), [("true", False), ("", None), ("0", None)])
-def test_ci_gets_no_progress_bar(monkeypatch: pytest.MonkeyPatch, value: str, shown: bool | None) -> None:
-    monkeypatch.setenv("CI", value)
-    assert console.progress() is shown
+def test_a_log_gets_one_plain_line_a_stage(capsys: pytest.CaptureFixture[str]) -> None:
+    with watch(console.progress(), sys.stderr) as tell:
+        tell({"kind": "stage", "name": "1 train", "index": 1, "of": 1})
+        tell({"kind": "step", "step": 1, "total": 2})
+        tell({"kind": "message", "text": "[b]"})
+    assert capsys.readouterr().err == "1 train\n[b]\n"
 
 
 def test_json_has_null_for_what_is_not_a_number() -> None:

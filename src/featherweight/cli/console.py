@@ -83,6 +83,6 @@ def fail(kind: str, message: str) -> None:
     _console(sys.stderr).print(text, soft_wrap=True)
 
 
-def progress() -> bool | None:
-    """False (no bar) where CI says that it is one; None (a bar if stderr is a terminal) elsewhere."""
-    return False if os.environ.get("CI", "").lower() not in ("", "0", "false") else None
+def progress() -> bool:
+    """Always: a bar on a terminal, one plain line a stage on stderr elsewhere, so that a log shows where a run is."""
+    return True
