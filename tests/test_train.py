@@ -222,7 +222,7 @@ def test_an_error_lets_go_of_the_model() -> None:
     model[0].weight.data[0, 0] = 0
     with pytest.raises(NumericalError):
         Train(steps=3)(model, task(model, loss=lambda out, batch: out.sum() * float("inf")), Stage())
-    assert not model[0].weight._backward_hooks
+    assert not model[0].weight._post_accumulate_grad_hooks
 
 
 def test_curves_are_thinned() -> None:
