@@ -12,6 +12,7 @@ from benchmarks.gradual import data, paired
 from benchmarks.gradual.__main__ import main
 from benchmarks.gradual.overhead import CASES, overhead
 from benchmarks.gradual.packed import packed
+from benchmarks.gradual.tables import TABLES
 
 
 def write_idx(path: Path, values: np.ndarray) -> None:
@@ -51,20 +52,24 @@ def test_a_file_that_is_cut_short_is_refused(images: Path) -> None:
 
 
 def test_every_experiment_on_trained_networks_runs_and_is_drawn(images: Path, tmp_path: Path) -> None:
-    results, pictures = tmp_path / "results", tmp_path / "img"
-    tiny = ["--steps", "12", "--seeds", "1", "--workers", "1", "--results", str(results), "--pictures", str(pictures)]
+    results, docs = tmp_path / "results", tmp_path / "docs"
+    docs.mkdir()
+    (docs / "gradual-pruning.md").write_text("".join(f"<!-- {name} -->\n<!-- end -->\n" for name in TABLES))
+    tiny = ["--steps", "12", "--seeds", "1", "--workers", "1", "--results", str(results), "--docs", str(docs)]
     for name in ("accuracy", "small", "dip"):
         main([name, *tiny])
-        assert (pictures / f"gradual-{name}.svg").stat().st_size > 1000
+        assert (docs / "img" / f"gradual-{name}.svg").stat().st_size > 1000
     rows = json.loads((results / "accuracy.json").read_text())["rows"]
     assert [row["layer_sparsity"] for row in rows] == pytest.approx([0, 0.5, 0.75, 0.875, 0.95], abs=1e-4)
     for row in json.loads((results / "small.json").read_text())["rows"]:
-        wide = next(wide for wide in rows if wide["sparsity"] == row["against"])
-        assert wide["nonzeros"] <= row["nonzeros"] < 1.25 * wide["nonzeros"]
+        assert row["wide"]["nonzeros"] <= row["nonzeros"] < 1.25 * row["wide"]["nonzeros"]
+    assert [
+        line.count("|") for line in (docs / "gradual-pruning.md").read_text().splitlines() if "| 87.5 %" in line
+    ] == [8, 8]
 
 
 def test_overhead_runs() -> None:
-    (row,) = overhead(20, list(CASES)[:1])["rows"]
+    (row,) = overhead(40, list(CASES)[:1])["rows"]
     assert row["with_ms"] > 0 and row["low"] <= row["overhead"] <= row["high"]
 
 

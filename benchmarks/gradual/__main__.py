@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`python -m benchmarks.gradual EXPERIMENT`: measures, and writes results/EXPERIMENT.json with all that it was measured on."""
+"""`python -m benchmarks.gradual EXPERIMENT`: measures, and writes results/EXPERIMENT.json, its plot and its table in the docs."""
 
 from __future__ import annotations
 
@@ -14,11 +14,12 @@ from typing import Any
 from benchmarks.gradual.overhead import overhead
 from benchmarks.gradual.packed import packed
 from benchmarks.gradual.plot import PICTURES, draw
+from benchmarks.gradual.tables import write
 from benchmarks.gradual.trained import accuracy, dip, small
 from featherweight.measure import machine_facts
 
 RESULTS = Path(__file__).parent / "results"
-PICTURE_FOLDER = Path(__file__).parents[2] / "docs" / "img"
+DOCS = Path(__file__).parents[2] / "docs"
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -30,7 +31,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
             _measure(name, path, options)
             print(path)
     found = {name: json.loads(path.read_text()) for name, path in paths.items() if path.exists()}
-    print(*draw(found, options.pictures), sep="\n")
+    print(*draw(found, options.docs / "img"), sep="\n")
+    write(found, options.docs / "gradual-pruning.md")
 
 
 def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
@@ -38,10 +40,12 @@ def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("experiment", choices=[*PICTURES, "plot", "all"])
     parser.add_argument("--steps", type=int, default=3000, help="training steps of each run")
     parser.add_argument("--seeds", type=int, default=3, help="runs of each kind")
-    parser.add_argument("--rounds", type=int, default=300, help="timed steps of each kind, for overhead")
+    parser.add_argument(
+        "--rounds", type=int, default=400, help="timed steps of each kind, for overhead; a multiple of 20"
+    )
     parser.add_argument("--workers", type=int, default=len(os.sched_getaffinity(0)), help="runs at a time")
     parser.add_argument("--results", type=Path, default=RESULTS, help="folder of the figures")
-    parser.add_argument("--pictures", type=Path, default=PICTURE_FOLDER, help="folder of the plots")
+    parser.add_argument("--docs", type=Path, default=DOCS, help="folder of the page, and of img with the plots")
     return parser.parse_args(arguments)
 
 
@@ -52,6 +56,7 @@ def _measure(name: str, path: Path, options: argparse.Namespace) -> None:
         "command": f"python -m benchmarks.gradual {name}",
         "options": {key: getattr(options, key) for key in ("steps", "seeds", "rounds", "workers")},
         "seconds": round(time.perf_counter() - start),
+        "load_average": os.getloadavg()[1],  # above the number of cores, others were at work there too
         "machine": machine_facts(),
     }
     path.parent.mkdir(parents=True, exist_ok=True)

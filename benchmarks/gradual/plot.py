@@ -9,8 +9,11 @@ from typing import Any
 
 import matplotlib as mpl
 import matplotlib.pyplot as plt
+import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+
+from benchmarks.gradual.packed import formulas
 
 Results = dict[str, Any]
 
@@ -63,7 +66,7 @@ def _accuracy(results: Results) -> Figure:
     right.axhline(0, color=GREY, lw=1)
     right.errorbar(x[1:], [d["points"] for d in drops], reach, fmt="o", color=ORANGE, capsize=4)
     right.text(x[1], 1.0, "margin: 1 point", color=GREEN, va="bottom", ha="left")
-    right.set(title="Points lost against dense, paired, with 95 % interval", xlabel="zeros in the pruned layers, %")
+    right.set(title="Points lost against dense (paired, 95 % interval)", xlabel="zeros in the pruned layers, %")
     for axes in (left, right):
         axes.set_xticks(x, [f"{value:g}" for value in x])
     return figure
@@ -78,7 +81,8 @@ def _dip(results: Results) -> Figure:
         column[0].set_title(title)
     for axes, name in zip(grid[:, 0], ("zeros, %", "learning rate", "validation\naccuracy, %"), strict=True):
         axes.set_ylabel(name)
-    grid[2, 0].legend(loc="lower right")
+    grid[2, 0].set_ylim(100 * min(point["after"] for run in columns for point in run["curve"][1:]) - 4)
+    figure.legend(*grid[2, 0].get_legend_handles_labels(), loc="outside lower center", ncols=3)
     return figure
 
 
@@ -104,17 +108,9 @@ def _dip_column(column: Any, run: Results, dense: Results) -> None:
 
 def _small(results: Results) -> Figure:
     figure, axes = plt.subplots(figsize=(7, 4))
-    dense = [results["sparse"][0], *results["rows"]]
-    _line(axes, results["sparse"], "o-", BLUE, "wide, pruned while training")
-    _line(axes, dense, "s--", ORANGE, "dense, narrower from the start")
-    for row in results["sparse"]:
-        label = f"{100 * row['sparsity']:g} %" if row["sparsity"] else "dense"
-        axes.annotate(
-            label, (row["nonzeros"], 100 * row["test"]), (0, 7), textcoords="offset points", ha="center", color=BLUE
-        )
-    for row in results["rows"]:
-        at = (row["nonzeros"], 100 * row["test"])
-        axes.annotate(f"width {row['width']}", at, (0, -15), textcoords="offset points", ha="center", color=ORANGE)
+    wide, narrow = [results["dense"], *(row["wide"] for row in results["rows"])], [results["dense"], *results["rows"]]
+    _line(axes, wide, "o-", BLUE, "wide, pruned while training", [f"{100 * row['sparsity']:g} %" for row in wide])
+    _line(axes, narrow, "s--", ORANGE, "narrow from the start, dense", [f"width {row['width']}" for row in narrow])
     axes.margins(x=0.08, y=0.15)
     axes.set(title="Test accuracy, %", xlabel="parameters that are not zero", xscale="log")
     ticks = [5_000, 10_000, 20_000, 50_000, 100_000]
@@ -124,12 +120,14 @@ def _small(results: Results) -> Figure:
     return figure
 
 
-def _line(axes: Axes, rows: list[Results], style: str, colour: str, label: str) -> None:
-    axes.plot([row["nonzeros"] for row in rows], [100 * row["test"] for row in rows], style, color=colour, label=label)
-    for row in rows:
-        axes.plot(
-            [row["nonzeros"]] * len(row["tests"]), [100 * t for t in row["tests"]], ".", color=colour, alpha=0.4, ms=5
-        )
+def _line(axes: Axes, rows: list[Results], style: str, colour: str, label: str, names: list[str]) -> None:
+    points = [(row["nonzeros"], 100 * row["test"]) for row in rows]
+    axes.plot(*zip(*points, strict=True), style, color=colour, label=label)
+    above = style == "o-"
+    for point, row, name in zip(points, rows, names, strict=True):
+        axes.plot([point[0]] * len(row["tests"]), [100 * t for t in row["tests"]], ".", color=colour, alpha=0.4, ms=5)
+        offset, side = ((-4, 9), "right") if above else ((6, -14), "left")
+        axes.annotate(name, point, offset, textcoords="offset points", ha=side, color=colour)
 
 
 def _overhead(results: Results) -> Figure:
@@ -149,26 +147,24 @@ def _overhead(results: Results) -> Figure:
 
 
 def _packed(results: Results) -> Figure:
-    rows = results["rows"]
-    figure, axes = plt.subplots(figsize=(7.5, 4.4))
+    rows = [row for row in results["rows"] if row["sparsity"]]
+    figure, (left, right) = plt.subplots(1, 2, figsize=(9.5, 3.8))
     x = [100 * row["sparsity"] for row in rows]
-    for name, colour, label in (
-        ("bitmask", GREEN, "formula: bitmask"),
-        ("csr", ORANGE, "formula: CSR, best offset width"),
+    left.plot(x, [100 * row["ratio"] for row in rows], "o-", color=BLUE)
+    left.plot([90], [100 * results["limit"]], "_", color="black", ms=18, mew=2)
+    left.annotate("asked: 12.2 %", (90, 100 * results["limit"]), (-14, -4), textcoords="offset points", ha="right")
+    left.set(title="File, % of dense fp32", xlabel="zeros, % of all weights", ylim=(0, 100))
+    for name, colour, label in (("bitmask", GREEN, "formula: bitmask"), ("csr", ORANGE, "formula: CSR, best offsets")):
+        fine = np.linspace(0.1, 0.99, 200)
+        right.plot(100 * fine, [formulas(s)[name] / (1 - s) for s in fine], color=colour, label=label)
+    for key, mark, colour, label in (
+        ("packed_bytes", "o", BLUE, "the file, header and biases too"),
+        ("gzip_bytes", "x", GREY, "gzip -6 of dense fp32"),
     ):
-        axes.plot(x, [100 * row["formula"][name] for row in rows], color=colour, lw=1.3, label=label)
-    axes.plot(x, [100 * row["ratio"] for row in rows], "o", color=BLUE, ms=6, label="the file, header and all")
-    axes.plot(
-        x,
-        [100 * row["gzip_bytes"] / row["dense_bytes"] for row in rows],
-        "x",
-        color=GREY,
-        label="gzip -6 of dense fp32",
-    )
-    axes.plot([90], [100 * results["limit"]], "_", color="black", ms=16, mew=2)
-    axes.annotate("required: 12.2 %", (90, 100 * results["limit"]), (-4, 22), textcoords="offset points", ha="right")
-    axes.set(title="Bytes on disk, % of dense fp32", xlabel="zeros, % of all weights", ylim=(0, 106))
-    axes.legend(loc="lower left")
+        bits = [32 * row[key] / row["dense_bytes"] / (1 - row["sparsity"]) for row in rows]
+        right.plot(x, bits, mark, color=colour, label=label)
+    right.set(title="Bits for each weight that is not zero", xlabel="zeros, % of all weights", ylim=(30, 56))
+    right.legend(loc="upper left")
     return figure
 
 

@@ -27,15 +27,14 @@ def accuracy(steps: int, seeds: int, workers: int) -> Results:
 
 def small(steps: int, seeds: int, workers: int, wide: Results) -> Results:
     """The pruned networks of `accuracy` against dense ones that are as much narrower: at least as many non-zeros."""
-    sparse = wide["rows"]
-    widths = [_width(row["nonzeros"]) for row in sparse[1:]]
+    sparse = wide["rows"][1:]
+    widths = [_width(row["nonzeros"]) for row in sparse]
     done = runs([Run(0.0, seed, steps, width) for width in widths for seed in range(seeds)], workers)
     rows = []
-    for width, row in zip(widths, sparse[1:], strict=True):
-        narrow = [run for run in done if run["width"] == width]
+    for width, row in zip(widths, sparse, strict=True):
         pruned = [run for run in wide["runs"] if run["sparsity"] == row["sparsity"]]
-        rows.append(_row(narrow, pruned) | {"against": row["sparsity"]})
-    return {"sparse": sparse, "rows": rows, "runs": done}
+        rows.append(_row([run for run in done if run["width"] == width], pruned) | {"wide": row})
+    return {"dense": wide["rows"][0], "rows": rows, "runs": done}
 
 
 def dip(steps: int, workers: int) -> Results:

@@ -44,16 +44,22 @@ class Run:
 
     @property
     def pruning(self) -> fw.GradualPruning:
-        begin, end = self.steps // 10, 6 * self.steps // 10
+        end = 6 * self.steps // 10
+        begin = end if self.schedule == "one_shot" else self.steps // 10
         return fw.GradualPruning(self.sparsity, begin=begin, end=end, every=self.every, schedule=self.schedule)
 
 
 def runs(jobs: Sequence[Run], workers: int) -> list[dict[str, Any]]:
     """Trains each, `workers` at a time in processes of one thread each."""
-    if workers == 1:
-        return [train(job) for job in jobs]
+    done = []
     with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), torch.set_num_threads, (1,)) as pool:
-        return list(pool.map(train, jobs))
+        for result in pool.map(train, jobs) if workers > 1 else map(train, jobs):
+            done.append(result)
+            print(
+                f"{len(done)} of {len(jobs)} runs: {result['sparsity']:.1%} zeros, {result['seconds']:.0f} s",
+                flush=True,
+            )
+    return done
 
 
 def train(run: Run) -> dict[str, Any]:
@@ -85,11 +91,11 @@ def train(run: Run) -> dict[str, Any]:
 
 
 def _due(run: Run, step: int) -> bool:
-    """Before each mask update, a few steps after it, and every `watch` steps."""
+    """At each mask update, a few steps after it, every `watch` steps, and at the end."""
     p = run.pruning
-    since = (min(step, p.end) - p.begin) % p.every if step >= p.begin else run.steps
-    after_last = step - p.end if step >= p.end else run.steps
-    return step % run.watch == 0 or min(since, after_last) in (0, 5, 10, 20) or step + 1 == run.steps
+    update = p.end if step >= p.end else step - (step - p.begin) % p.every
+    recovers = run.sparsity > 0 and step >= p.begin and step - update in (0, 5, 10, 20)
+    return recovers or step % run.watch == 0 or step + 1 == run.steps
 
 
 def _right(model: nn.Module, split: data.Split) -> Tensor:
