@@ -9,7 +9,7 @@ import torch
 
 from featherweight.errors import OptionError
 from featherweight.reconstruct import prune
-from featherweight.reconstruct.admm import _Threshold, admm
+from featherweight.reconstruct.admm import _Threshold, admm_mask
 from featherweight.reconstruct.problem import pruning
 from featherweight.reconstruct.swap import swap
 
@@ -84,7 +84,7 @@ def test_small_batches_polish_as_large_ones() -> None:
     W, H, _ = layer(9, 24)
     problem = pruning(W, H, "weight", 0.6)
     alone = pruning(W, H, "weight", 0.6, budget_bytes=1)
-    chosen = admm(problem, stages=1, each=1)
+    chosen = admm_mask(problem, stages=1, each=1)
     assert not torch.equal(swap(problem, chosen), chosen)
     assert torch.equal(swap(problem, chosen), swap(alone, chosen))
 
@@ -93,7 +93,7 @@ def test_small_batches_polish_as_large_ones() -> None:
 def test_there_is_nothing_to_search_at_the_ends(sparsity: float) -> None:
     W, H, _ = layer(4, 8)
     problem = pruning(W, H, "weight", sparsity)
-    chosen = admm(problem)
+    chosen = admm_mask(problem)
     assert torch.equal(chosen, torch.full((4, 8), sparsity == 1.0))
     assert torch.equal(swap(problem, chosen), chosen)
 
@@ -102,7 +102,7 @@ def test_swaps_refuse_tiles() -> None:
     W, H, _ = layer(4, 8)
     problem = pruning(W, H, "1x4", 0.5)
     with pytest.raises(OptionError, match="single weights"):
-        swap(problem, admm(problem))
+        swap(problem, admm_mask(problem))
 
 
 def test_the_moving_threshold_marks_the_smallest_values_each_time() -> None:

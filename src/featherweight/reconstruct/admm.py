@@ -1,13 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""ADMM search for a mask: weights and zeros are kept apart, each solved for exactly, and pulled together.
+"""What ADMM projects on: weights with a pattern's zeros, weights on a grid, and both at once.
 
-ALPS (arXiv 2406.07831) splits V = D, where V minimizes the layer's loss and D carries the zeros, with a penalty ρ that
-grows. Two things are ours. Inputs are scaled by 1 / sqrt([H⁻¹]_jj), not by sqrt(H_jj): the size of an entry is then
-what its removal costs after the others have made up for it, the score of ExactOBS, and the search ends below ExactOBS
-where ALPS's scaling ends above it. ρ runs through a fixed ladder around the geometric mean of the eigenvalues, so that the
-cost is known beforehand: one matrix product W H-sized an iteration, and no eigenvectors.
-
-Unlike an elimination the search can take a decision back, sees all rows at once, and costs rows d² and not rows d³.
+The nearest sparse weights keep the units of largest squares. The nearest weights on a grid are rounded ones. The nearest
+that are both keep the units whose rounded values come nearer than zero by most: Σ w² - (w - round(w))².
 """
 
 from __future__ import annotations
@@ -17,53 +12,73 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from featherweight.grids import Grid
 from featherweight.reconstruct.allocate import cheapest
-from featherweight.reconstruct.problem import Pruning
+from featherweight.reconstruct.consensus import consensus, natural_scale
+from featherweight.reconstruct.problem import Pruning, Quantization
 
-__all__ = ["admm"]
+__all__ = ["admm_grid", "admm_joint", "admm_mask"]
 
-_LOWEST, _HIGHEST = 0.3, 3.0
-
-
-def admm(problem: Pruning, stages: int = 12, each: int = 10) -> Tensor:
-    """The units to remove (row groups, n), after `stages` values of ρ with `each` iterations; weights are left to a refit.
-
-    Any pattern. Work: stages (d³ + each rows d²) multiply-adds, the iterations in float32.
-    """
-    H, scale = problem.damped.H, problem.damped.inverse.diagonal().rsqrt()
-    scaled = H / scale / scale[:, None]
-    mean_log = 2 * (problem.damped.factor.diagonal().log() - scale.log()).mean()
-    target = (problem.W * scale).float()
-    pull = (problem.W * scale @ scaled).float()
-    project = _projection(problem)
-    zeroed = torch.where(project(target), 0.0, target)
-    dual = torch.zeros_like(target)
-    meeting = target
-    for stage in range(stages):
-        rho = float(mean_log.exp()) * _LOWEST * (_HIGHEST / _LOWEST) ** (stage / max(1, stages - 1))
-        shifted = scaled.clone()
-        shifted.diagonal().add_(rho)
-        solve = torch.cholesky_inverse(torch.linalg.cholesky(shifted)).float()
-        for _ in range(each):
-            free = (pull - dual + rho * zeroed) @ solve
-            meeting = free + dual / rho
-            zeroed = torch.where(project(meeting), 0.0, meeting)
-            dual += rho * (free - zeroed)
-    return cheapest(problem.units.sums(meeting.square()), problem.units, problem.rows, problem.zeros)
+Rounding = Callable[[Tensor], Tensor]
 
 
-def _projection(problem: Pruning) -> Callable[[Tensor], Tensor]:
-    """What marks, of any weights (rows, d), those that the nearest weights with the pattern's zeros set to zero."""
+def admm_mask(problem: Pruning, stages: int = 12, each: int = 10) -> Tensor:
+    """The mask (rows, d) of what to remove, of any pattern; the weights are left to a refit."""
+    marks = _marks(problem)
+
+    def project(weights: Tensor) -> Tensor:
+        return weights.masked_fill(marks(weights.square()), 0.0)
+
+    scale = natural_scale(problem.damped)
+    _, meeting = consensus(problem.W, problem.damped, scale, project, stages, each)
+    return problem.mask(cheapest(problem.units.sums(meeting.square()), problem.units, problem.rows, problem.zeros))
+
+
+def admm_grid(problem: Quantization, stages: int = 12, each: int = 10) -> Tensor:
+    """Integers (rows, d) on the problem's grid; weights that are held at zero stay there."""
+    scale = natural_scale(problem.damped)
+    rounded = _rounding(problem.grid, scale)
+
+    def project(weights: Tensor) -> Tensor:
+        return rounded(weights).masked_fill_(problem.held, 0.0)
+
+    allowed, _ = consensus(problem.W, problem.damped, scale, project, stages, each)
+    return problem.grid.integers(allowed.double() / scale)
+
+
+def admm_joint(problem: Pruning, grid: Grid, stages: int = 12, each: int = 10) -> tuple[Tensor, Tensor]:
+    """Integers (rows, d) on the grid and the mask of zeros of the problem's pattern, found together."""
+    scale = natural_scale(problem.damped)
+    rounded, marks = _rounding(grid, scale), _marks(problem)
+
+    def project(weights: Tensor) -> Tensor:
+        values = rounded(weights)
+        return values.masked_fill_(marks(weights.square() - (weights - values).square()), 0.0)
+
+    _, meeting = consensus(problem.W, problem.damped, scale, project, stages, each)
+    worth = meeting.square() - (meeting - rounded(meeting)).square()
+    pruned = problem.mask(cheapest(problem.units.sums(worth), problem.units, problem.rows, problem.zeros))
+    return grid.integers(rounded(meeting).masked_fill_(pruned, 0.0).double() / scale), pruned
+
+
+def _rounding(grid: Grid, scale: Tensor) -> Rounding:
+    """Scaled weights (rows, d) to the nearest on the grid."""
+    step, zero_point = grid.at(torch.arange(len(scale), device=scale.device))
+    step, zero_point = (step * scale).float(), zero_point.float()
+
+    def rounded(weights: Tensor) -> Tensor:
+        return (weights / step).add_(zero_point).round_().clamp_(grid.low, grid.high).sub_(zero_point).mul_(step)
+
+    return rounded
+
+
+def _marks(problem: Pruning) -> Callable[[Tensor], Tensor]:
+    """From what each weight is worth (rows, d) to the mask (rows, d) of the units worth least."""
     units = problem.units
     single = units.rows == 1 and units.columns.shape == (problem.d, 1)
     if single and units.quota is None and 0 < problem.zeros < problem.W.numel():
-        select = _Threshold(problem.zeros)
-        return lambda values: select(values.square())
-
-    def project(values: Tensor) -> Tensor:
-        return problem.mask(cheapest(units.sums(values.square()), units, problem.rows, problem.zeros))
-
-    return project
+        return _Threshold(problem.zeros)
+    return lambda worth: problem.mask(cheapest(units.sums(worth), units, problem.rows, problem.zeros))
 
 
 class _Threshold:
@@ -80,7 +95,7 @@ class _Threshold:
         flat = values.flatten()
         threshold = None
         if self.last is not None:
-            low, high = 0.8 * self.last, 1.25 * self.last
+            low, high = sorted((0.8 * self.last, 1.25 * self.last))
             below = int((flat < low).sum())
             near = flat[(flat >= low) & (flat <= high)]
             if 0 < self.count - below <= len(near):

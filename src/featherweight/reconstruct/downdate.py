@@ -24,7 +24,7 @@ class Inverses:
     """A stack (G, a, a) of inverse Hessians under lazy downdates. The stack handed in is overwritten."""
 
     def __init__(self, stack: Tensor, rank: int = _RANK) -> None:
-        self._stack = stack
+        self._stack = stack.contiguous()
         self._waiting = stack.new_empty(len(stack), rank, stack.shape[1])
         self._count = 0
         self._each = torch.arange(len(stack), device=stack.device)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One layer to prune, checked and made ready once: what every pruning solver is a function of."""
+"""One layer to prune or to quantize, checked and made ready once: what every solver is a function of."""
 
 from __future__ import annotations
 
@@ -8,11 +8,12 @@ import dataclasses
 from torch import Tensor
 
 from featherweight.errors import OptionError
+from featherweight.grids import Grid
 from featherweight.patterns import Pattern
 from featherweight.reconstruct.hessian import Damped, check_weights, damp
 from featherweight.reconstruct.units import ColumnSets, Units, units_of
 
-__all__ = ["Pruning", "pruning"]
+__all__ = ["Pruning", "Quantization", "pruning"]
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -40,6 +41,26 @@ class Pruning:
     def mask(self, chosen: Tensor) -> Tensor:
         """Chosen units (row groups, n) as a mask over the weights (rows, d)."""
         return self.units.mask(chosen, self.rows, self.d)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Quantization:
+    """W (rows, d) in float64, the damped H, the grid, which weights are held at zero (rows, d), and whether scales may move."""
+
+    W: Tensor
+    damped: Damped
+    grid: Grid
+    held: Tensor
+    free_scales: bool
+    budget_bytes: int
+
+    @property
+    def rows(self) -> int:
+        return self.W.shape[0]
+
+    @property
+    def d(self) -> int:
+        return self.W.shape[1]
 
 
 def pruning(

@@ -15,8 +15,8 @@ from torch import Tensor
 
 from featherweight.errors import OptionError, nearest
 from featherweight.patterns import Pattern
-from featherweight.reconstruct import admm as _admm
 from featherweight.reconstruct import baselines
+from featherweight.reconstruct.admm import admm_mask
 from featherweight.reconstruct.exact_obs import eliminate
 from featherweight.reconstruct.hessian import layer_loss
 from featherweight.reconstruct.problem import Pruning, pruning
@@ -80,9 +80,9 @@ def prune(
     Raises `OptionError` and `NumericalError`.
 
     >>> H = torch.tensor([[1.0, 0.9], [0.9, 1.0]])
-    >>> result = prune(torch.tensor([[1.0, 1.0]]), H, "weight", 0.5, damping=0.0)
+    >>> result = prune(torch.tensor([[1.0, 2.0]]), H, "weight", 0.5, damping=0.0)
     >>> result.weights, round(result.loss, 4)
-    (tensor([[0.0000, 1.9000]]), 0.095)
+    (tensor([[0.0000, 2.9000]]), 0.095)
     """
     problem = pruning(W, H, pattern, sparsity, run=run, damping=damping, budget_bytes=budget_bytes)
     names = affordable(problem, work) if solver == "best" else [solver]
@@ -138,10 +138,6 @@ def _exact_obs(problem: Pruning) -> Tensor:
     return problem.mask(found.chosen(found.counts(problem.zeros, problem.rows)))
 
 
-def _searched(problem: Pruning, stages: int = 12, each: int = 10) -> Tensor:
-    return problem.mask(_admm.admm(problem, stages, each))
-
-
 def _baseline(solve: Callable[[Pruning], tuple[Tensor, Tensor]]) -> Callable[[Pruning], tuple[Tensor, Tensor]]:
     def run(problem: Pruning) -> tuple[Tensor, Tensor]:
         weights, chosen = solve(problem)
@@ -195,9 +191,9 @@ PRUNERS: dict[str, Pruner] = {
     "exact_obs+swap": Pruner(
         _refitted(lambda p: swap(p, _exact_obs(p))), lambda p: _obs_work(p) + _swap_work(p), tiles=False
     ),
-    "admm": Pruner(_refitted(_searched), _admm_work),
+    "admm": Pruner(_refitted(admm_mask), _admm_work),
     "admm+swap": Pruner(
-        _refitted(lambda p: swap(p, _searched(p))), lambda p: _admm_work(p) + _swap_work(p), tiles=False
+        _refitted(lambda p: swap(p, admm_mask(p))), lambda p: _admm_work(p) + _swap_work(p), tiles=False
     ),
 }
 

@@ -1,0 +1,200 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`quantize`: one layer's weights on a grid where that costs least, by any of the solvers in `QUANTIZERS`.
+
+The table is the whole dispatch: a name, and a function of one `Quantization` problem to integers and their grid. Work is
+counted in units of 1e9 multiply-adds from the layer's shape alone, as in `prune`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping
+
+import torch
+from torch import Tensor
+
+from featherweight.errors import OptionError, nearest
+from featherweight.grids import Grid, GridSpec, fit_grid
+from featherweight.reconstruct.admm import admm_grid
+from featherweight.reconstruct.descent import coordinate_descent, set_descent
+from featherweight.reconstruct.gptq import gptq
+from featherweight.reconstruct.hessian import check_weights, damp, layer_loss
+from featherweight.reconstruct.obq import obq
+from featherweight.reconstruct.problem import Quantization
+from featherweight.reconstruct.scales import least_squares_scales
+
+__all__ = ["QUANTIZERS", "Quantized", "Quantizer", "quantize"]
+
+_ROUNDS = 3
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Quantized:
+    """A quantized layer: `integers` (rows, d) on `grid`, the `weights` they stand for in W's dtype, what is held at zero.
+
+    `loss` is ½ Σ (w - v) H (w - v)ᵀ of the weights as delivered, on the H that was given. `losses` has it for each solver
+    that was tried, `work` is in 1e9 multiply-adds, `damping` is what was used, and `notes` are for the user's eyes.
+    """
+
+    weights: Tensor
+    integers: Tensor
+    grid: Grid
+    pruned: Tensor
+    loss: float
+    solver: str
+    losses: Mapping[str, float]
+    work: float
+    damping: float
+    notes: tuple[str, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class Quantizer:
+    """A solver: `run` gives integers (rows, d) and their grid, `work` its cost in 1e9 multiply-adds."""
+
+    run: Callable[[Quantization], tuple[Tensor, Grid]]
+    work: Callable[[Quantization], float]
+
+
+def quantize(
+    W: Tensor,
+    H: Tensor,
+    grid: Grid | GridSpec,
+    *,
+    solver: str = "best",
+    keep_zeros: bool = True,
+    fit_scales: bool = True,
+    damping: float = 1e-4,
+    budget_bytes: int = 1 << 30,
+    work: float = 1000.0,
+) -> Quantized:
+    """W (rows, d) on a grid of 2 to 8 bits, so chosen that the layer's error on H (d, d) rises least.
+
+    Saves 32 / bits of the weights' bytes before scales, and time only where a runtime computes with such integers.
+    W and H are not changed.
+
+    - `grid`: a `GridSpec`, fitted to W by itself, or a `Grid` as it is. Solvers that end in `+polish` may then improve its
+      scales for the layer's error, unless `fit_scales` is False.
+    - `solver`: a key of `QUANTIZERS`, or `best`: those that `work` (1e9 multiply-adds) pays for, and the lowest loss wins.
+    - `keep_zeros`: weights that are zero, pruned ones, stay exactly zero.
+    - `damping`, `budget_bytes`: as in `prune`.
+
+    Raises `OptionError` and `NumericalError`.
+
+    >>> H = torch.tensor([[1.0, 0.9], [0.9, 1.0]])
+    >>> grid = Grid(torch.tensor([[1.0]]), torch.tensor([[0]], dtype=torch.int32), bits=3, chunk=2)
+    >>> W = torch.tensor([[1.4, 1.3]])
+    >>> quantize(W, H, grid, solver="nearest").weights, quantize(W, H, grid, fit_scales=False).weights
+    (tensor([[1., 1.]]), tensor([[2., 1.]]))
+    """
+    damped = damp(H, damping)
+    check_weights(W, H)
+    grid = fit_grid(W, grid) if isinstance(grid, GridSpec) else grid
+    if grid.scale.shape != (len(W), -(-W.shape[1] // grid.chunk)) or grid.zero_point.shape != grid.scale.shape:
+        raise OptionError(
+            f"the grid has scales for {tuple(grid.scale.shape)} rows and chunks of {grid.chunk}; W is {tuple(W.shape)}."
+        )
+    held = (W == 0) if keep_zeros else torch.zeros_like(W, dtype=torch.bool)
+    problem = Quantization(W.detach().double(), damped, grid, held, fit_scales, budget_bytes)
+    return solve(problem, W, H, solver, work)
+
+
+def solve(problem: Quantization, W: Tensor, H: Tensor, solver: str, work: float) -> Quantized:
+    """Runs a solver, or those that `best` affords, and measures each on the W and H that were given."""
+    names = affordable(problem, work) if solver == "best" else [solver]
+    if names[0] not in QUANTIZERS:
+        close = ", ".join(nearest(solver, [*QUANTIZERS, "best"])) or "best"
+        raise OptionError(f"solver {solver!r} is none of {', '.join(QUANTIZERS)}, best. Nearest: {close}.")
+    losses: dict[str, float] = {}
+    answers: dict[str, tuple[Tensor, Grid, Tensor]] = {}
+    for name in names:
+        integers, grid = QUANTIZERS[name].run(problem)
+        weights = grid.values(integers).to(W.dtype)
+        losses[name] = layer_loss(W, weights, H)
+        if losses[name] <= min(losses.values()):
+            answers = {name: (integers, grid, weights)}
+    [(solver, (integers, grid, weights))] = answers.items()
+    spent = sum(QUANTIZERS[name].work(problem) for name in names)
+    damped = problem.damped
+    return Quantized(
+        weights, integers, grid, problem.held, losses[solver], solver, losses, spent, damped.damping, damped.notes
+    )
+
+
+def affordable(problem: Quantization, work: float) -> list[str]:
+    """What `best` tries: the baselines, and of each of two families the best solver that what is left of `work` pays for.
+
+    The last of the first family runs whatever it costs.
+    """
+    names = list(_BASELINES)
+    for family in _FAMILIES:
+        fits = [name for name in family if QUANTIZERS[name].work(problem) <= work]
+        chosen = fits[:1] or (list(family[-1:]) if family is _FAMILIES[0] else [])
+        work -= sum(QUANTIZERS[name].work(problem) for name in chosen)
+        names += chosen
+    return names
+
+
+def polish(problem: Quantization, integers: Tensor) -> tuple[Tensor, Grid]:
+    """Single columns and scales in turn, then sets of columns, then both once more; the loss never rises."""
+    integers = coordinate_descent(problem, integers)
+    for _ in range(_ROUNDS):
+        problem, integers = _rescaled(problem, integers)
+    integers = set_descent(problem, integers)
+    problem, integers = _rescaled(problem, integers)
+    return integers, problem.grid
+
+
+def _rescaled(problem: Quantization, integers: Tensor) -> tuple[Quantization, Tensor]:
+    if problem.free_scales:
+        problem = dataclasses.replace(problem, grid=least_squares_scales(problem, integers))
+    return problem, coordinate_descent(problem, integers)
+
+
+def _on_grid(choose: Callable[[Quantization], Tensor]) -> Callable[[Quantization], tuple[Tensor, Grid]]:
+    return lambda problem: (choose(problem), problem.grid)
+
+
+def _polished(choose: Callable[[Quantization], Tensor]) -> Callable[[Quantization], tuple[Tensor, Grid]]:
+    return lambda problem: polish(problem, choose(problem))
+
+
+def _nearest(problem: Quantization) -> Tensor:
+    return problem.grid.integers(problem.W.masked_fill(problem.held, 0.0))
+
+
+def _square(problem: Quantization) -> float:
+    return problem.rows * problem.d**2 / 1e9
+
+
+def _gptq_work(problem: Quantization) -> float:
+    return (2 / 3 * problem.d**3 + problem.rows * problem.d**2 / 2) / 1e9
+
+
+def _obq_work(problem: Quantization) -> float:
+    held = problem.d * float(problem.held.double().mean())
+    return problem.rows * 0.41 * (problem.d - held) ** 3 / 1e9
+
+
+def _admm_work(problem: Quantization) -> float:
+    return 12 * (problem.d**3 + 10 * problem.rows * problem.d**2) / 1e9
+
+
+def _polish_work(problem: Quantization) -> float:
+    # Five descents that stop after some three sweeps, four passes over sets, four fits of scales.
+    return 30 * _square(problem)
+
+
+QUANTIZERS: dict[str, Quantizer] = {
+    "nearest": Quantizer(_on_grid(_nearest), lambda p: p.rows * p.d / 1e9),
+    "gptq": Quantizer(_on_grid(gptq), _gptq_work),
+    "gptq+polish": Quantizer(_polished(gptq), lambda p: _gptq_work(p) + _polish_work(p)),
+    "obq": Quantizer(_on_grid(obq), _obq_work),
+    "obq+polish": Quantizer(_polished(obq), lambda p: _obq_work(p) + _polish_work(p)),
+    "admm": Quantizer(_on_grid(admm_grid), _admm_work),
+    "admm+polish": Quantizer(_polished(admm_grid), lambda p: _admm_work(p) + _polish_work(p)),
+}
+
+# What `best` compares with, and what it chooses from: in each family the dearest first.
+_BASELINES = ("nearest", "gptq")
+_FAMILIES = (("admm+polish", "gptq+polish"), ("obq+polish",))

@@ -1,0 +1,51 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Least-squares scales: with the integers settled, the best scale of each chunk has a closed form.
+
+A row is Σ_k s_k c_k, where c_k are the integers (less the zero point) of chunk k, so its loss is quadratic in the scales:
+(c_k H c_lᵀ)_kl s = (w H c_kᵀ)_k. Integers and scales in turn lower the loss until both stand still.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import torch
+from torch import Tensor
+
+from featherweight.grids import Grid
+from featherweight.reconstruct.problem import Quantization
+
+__all__ = ["least_squares_scales"]
+
+
+def least_squares_scales(problem: Quantization, integers: Tensor) -> Grid:
+    """The problem's grid with each row's scales at the least loss for these integers; zero points stay.
+
+    A row keeps its old scales where the new ones are no better after rounding to float32, or not all positive. Chunks
+    whose integers are all at zero keep theirs.
+    """
+    H, grid, rows, d = problem.damped.H, problem.grid, problem.rows, problem.d
+    columns = torch.arange(d, device=H.device)
+    step, zero_point = grid.at(columns)
+    levels = integers.double() - zero_point
+    chunks = grid.scale.shape[1]
+    chunk_of = columns // grid.chunk
+    target = problem.W @ H
+
+    def by_chunk(values: Tensor) -> Tensor:
+        return values.new_zeros(rows, chunks).index_add_(1, chunk_of, values)
+
+    system = torch.empty(rows, chunks, chunks, dtype=H.dtype, device=H.device)
+    for k in range(chunks):
+        own = slice(k * grid.chunk, min((k + 1) * grid.chunk, d))
+        system[:, k] = by_chunk(levels[:, own] @ H[own] * levels)
+    idle = by_chunk(levels.abs()) == 0
+    diagonal = system.diagonal(dim1=1, dim2=2)
+    diagonal.add_(torch.where(idle, 1.0, 1e-12 * diagonal))
+    right = torch.where(idle, grid.scale.double(), by_chunk(target * levels))
+    best = torch.cholesky_solve(right[:, :, None], torch.linalg.cholesky(system))[:, :, 0].float()
+
+    old_change, new_change = step * levels - problem.W, best.double()[:, chunk_of] * levels - problem.W
+    old, new = (((change @ H) * change).sum(1) for change in (old_change, new_change))
+    better = (new < old) & (best > 0).all(1) & best.isfinite().all(1)
+    return dataclasses.replace(grid, scale=torch.where(better[:, None], best, grid.scale))
