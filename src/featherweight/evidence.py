@@ -167,7 +167,7 @@ def _export(evidence: Evidence, folder: Path, warnings: list[str], tell: Tell) -
     facts = {"path": path.name, "opset": made.opset, "bytes": made.bytes, "dynamic_batch": made.dynamic_batch}
     if not parity.passed:
         warnings.append(f"model.onnx does not answer as the PyTorch model does: {parity.words} Do not deploy it.")
-    return {**facts, "notes": list(made.notes), "error": None, "parity": dataclasses.asdict(parity)}
+    return {**facts, "notes": list(made.notes), "error": None, "parity": parity.to_dict()}
 
 
 def _latencies(
@@ -239,7 +239,7 @@ def _report(
         "stages": [facts.to_dict() for facts in evidence.stages],
         "before": before.to_dict(),
         "after": after.to_dict(),
-        "comparisons": {name: dataclasses.asdict(comparison) for name, comparison in comparisons.items()},
+        "comparisons": {name: comparison.to_dict() for name, comparison in comparisons.items()},
         "layers": _layers(evidence, coded),
         "export": export,
         "gains": measure.gains(before, after, comparisons),
