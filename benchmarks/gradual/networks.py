@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The networks that are measured, in plain PyTorch: one family of small CNNs by width, a ResNet-18, an LSTM."""
+"""The networks that are measured, in plain PyTorch: one family of small CNNs by width, LeNet-300-100, a ResNet-18, an LSTM."""
 
 from __future__ import annotations
 
@@ -17,6 +17,12 @@ def cnn(width: int = 24) -> nn.Sequential:
     w = width
     convolutions = _conv(1, w, 5, 2), _conv(w, 2 * w, 3, 2), _conv(2 * w, 4 * w, 3, 2), _conv(4 * w, 4 * w, 3)
     return nn.Sequential(*convolutions, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4 * w, 10))
+
+
+def lenet() -> nn.Sequential:
+    """LeNet-300-100: 266,610 parameters in three linear layers, each used once an image."""
+    layers = nn.Linear(784, 300), nn.ReLU(), nn.Linear(300, 100), nn.ReLU(), nn.Linear(100, 10)
+    return nn.Sequential(nn.Flatten(), *layers)
 
 
 class _Residual(nn.Module):

@@ -54,6 +54,8 @@ CASES: dict[str, tuple[Callable[[], nn.Module], Callable[[], tuple[Tensor, Tenso
     "CNN, batch 64, SGD": (networks.cnn, lambda: _grey(64), _sgd),
     "CNN, batch 128, SGD": (networks.cnn, lambda: _grey(128), _sgd),
     "CNN, batch 128, AdamW": (networks.cnn, lambda: _grey(128), _adamw),
+    "LeNet-300-100, batch 64, SGD": (networks.lenet, lambda: _grey(64), _sgd),
+    "LeNet-300-100, batch 128, AdamW": (networks.lenet, lambda: _grey(128), _adamw),
     "ResNet-18 of width 16, batch 64, SGD": (lambda: networks.resnet18(16), _colour, _sgd),
     "LSTM, 20 x 35 words, SGD": (networks.LSTM, _words, _sgd),
     "LSTM, 20 x 35 words, AdamW": (networks.LSTM, _words, _adamw),
