@@ -5,8 +5,9 @@ import numpy as np
 import pytest
 import torch
 
+from featherweight.reconstruct import prune, refit
 from featherweight.reconstruct.downdate import batches
-from featherweight.reconstruct.exact_obs import eliminate
+from featherweight.reconstruct.exact_obs import Elimination, eliminate
 from featherweight.reconstruct.hessian import damp
 from featherweight.reconstruct.units import units_of
 
@@ -71,6 +72,19 @@ def test_steps_stop_where_they_are_told() -> None:
     whole = eliminate(W, inverse, units_of("weight", 3, 20))
     part = eliminate(W, inverse, units_of("weight", 3, 20), steps=7)
     assert torch.equal(part.order, whole.order[:, :7])
+
+
+@pytest.mark.parametrize(("pattern", "sparsity"), [("weight", 0.3), ("weight", 0.9), ("1x4", 0.5), ("column", 0.25)])
+def test_what_was_stored_as_small_integers_and_floats_gives_every_sparsity(pattern: str, sparsity: float) -> None:
+    """Oracle: `prune` at that sparsity, from the start."""
+    W, H, _ = layer(6, 40)
+    units = units_of(pattern, 6, 40, run=20)
+    found = eliminate(W, damp(H).inverse, units)
+    stored = Elimination(found.order.to(torch.int16), found.losses.float(), units)
+    mask = units.mask(stored.chosen(stored.counts(round(sparsity * 240), rows=6)), rows=6, d=40)
+    alone = prune(W, H, pattern, sparsity, run=20, solver="exact_obs")
+    assert torch.equal(mask, alone.pruned)
+    assert torch.allclose(refit(W, H, mask), alone.weights, rtol=0, atol=1e-12)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])

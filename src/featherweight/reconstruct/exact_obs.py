@@ -26,7 +26,23 @@ Observe = Callable[[slice, int, Tensor], None]
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Elimination:
-    """For each row group the units in the order in which they went, and what each step cost (the ½ included)."""
+    """For each row group the units in the order in which they went (int32), and what each step cost (the ½ included).
+
+    It is all that a sparsity needs, whichever: `counts` says how many units each row group loses, `chosen` which,
+    `Units.mask` where they lie, `refit` what the others become. To store it, `order` fits int16 where a row has at most
+    32768 units, and `losses` float32; the units follow from the pattern and the shape (`units_of`). W goes in with the
+    columns of dead inputs at zero (`Damped.dead`), in float64.
+
+    >>> H = torch.tensor([[1.0, 0.5, 0.0], [0.5, 1.0, 0.0], [0.0, 0.0, 1.0]])
+    >>> W = torch.tensor([[1.0, 2.0, 0.1], [0.3, 0.2, 3.0]])
+    >>> units = Units(torch.tensor([[0], [1], [2]]))
+    >>> made = eliminate(W, torch.linalg.inv(H), units)
+    >>> stored = made.order.to(torch.int16), made.losses.float()
+    >>> again = Elimination(*stored, units)
+    >>> units.mask(again.chosen(again.counts(zeros=3, rows=2)), rows=2, d=3)
+    tensor([[False, False,  True],
+            [ True,  True, False]])
+    """
 
     order: Tensor
     losses: Tensor

@@ -1,27 +1,33 @@
 # SPDX-License-Identifier: Apache-2.0
 """Zeros and a grid together: one search decides both, and nothing that was pruned is wasted on rounding, or the reverse.
 
-Three ways to the same form are tried and the lowest loss wins. In turn, by OBQ (or GPTQ): first all zeros, then all
-roundings, each making up for all before it, so that for ExactOBS it is one elimination from first to last. In turn, with the
-search of `quantize` for the second half. And joint: ADMM projects on zeros and grid at once and can take back either.
+Three ways to the same form are tried and the lowest loss wins, or the lowest judged one. In turn, by OBQ (or GPTQ): first
+all zeros, then all roundings, each making up for all before it, so that for ExactOBS it is one elimination from first to
+last. In turn, with the search of `quantize` for the second half. And joint: ADMM projects on zeros and grid at once and can
+take back either. The simple method, magnitude's zeros and then nearest, is there to be compared with.
 """
 
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 
 from torch import Tensor
 
-from featherweight.grids import GridSpec, fit_grid
+from featherweight.grids import Grid, GridSpec, fit_grid
 from featherweight.patterns import Pattern
 from featherweight.reconstruct.admm import admm_joint
+from featherweight.reconstruct.baselines import magnitude
+from featherweight.reconstruct.contest import Judge, contest
 from featherweight.reconstruct.hessian import layer_loss
-from featherweight.reconstruct.problem import Quantization, pruning
+from featherweight.reconstruct.problem import Pruning, Quantization, pruning
 from featherweight.reconstruct.pruning import prune
 from featherweight.reconstruct.quantizing import QUANTIZERS, Quantized, polish
 from featherweight.reconstruct.units import ColumnSets
 
 __all__ = ["prune_and_quantize"]
+
+_SIMPLE = "magnitude, nearest"
 
 
 def prune_and_quantize(
@@ -35,11 +41,12 @@ def prune_and_quantize(
     damping: float = 1e-4,
     budget_bytes: int = 1 << 30,
     work: float = 1000.0,
+    judge: Judge | None = None,
 ) -> Quantized:
     """W (rows, d) with zeros of a pattern and all else on a grid, at the least error on H (d, d) that was found.
 
-    Options are those of `prune` and `quantize`; `work` is halved between the two. `losses` names the three ways. The scales are fitted to the
-    pruned weights, which are larger than W's, having taken over what the zeros did.
+    Options are those of `prune` and `quantize`; `work` is halved between the two. `losses` names the ways. The scales are
+    fitted to the pruned weights, which are larger than W's, having taken over what the zeros did.
 
     Raises `OptionError` and `NumericalError`.
 
@@ -49,22 +56,43 @@ def prune_and_quantize(
     tensor([[False,  True, False,  True]])
     """
     problem = pruning(W, H, pattern, sparsity, run=run, damping=damping, budget_bytes=budget_bytes)
-    sparse = prune(W, H, pattern, sparsity, run=run, damping=damping, budget_bytes=budget_bytes, work=work / 2)
+    sparse = prune(
+        W, H, pattern, sparsity, run=run, damping=damping, budget_bytes=budget_bytes, work=work / 2, judge=judge
+    )
     fitted = fit_grid(sparse.weights, grid)
     held = Quantization(problem.W, problem.damped, fitted, sparse.pruned, True, budget_bytes)
     greedy = "obq" if QUANTIZERS["obq"].work(held) <= work / 2 else "gptq"
-    integers, pruned = admm_joint(problem, fitted)
-    answers = {
-        f"in turn, {greedy}": (*QUANTIZERS[greedy].run(held), sparse.pruned),
-        "in turn, admm+polish": (*QUANTIZERS["admm+polish"].run(held), sparse.pruned),
-        "joint": (*polish(dataclasses.replace(held, held=pruned), integers), pruned),
+    ways: dict[str, Callable[[], tuple[Tensor, Grid, Tensor]]] = {
+        _SIMPLE: lambda: _simple(problem, grid),
+        f"in turn, {greedy}": lambda: (*QUANTIZERS[greedy].run(held), sparse.pruned),
+        "in turn, admm+polish": lambda: (*QUANTIZERS["admm+polish"].run(held), sparse.pruned),
+        "joint": lambda: _joint(problem, held),
     }
-    weights = {name: scales.values(q).to(W.dtype) for name, (q, scales, _) in answers.items()}
-    losses = {name: layer_loss(W, V, H) for name, V in weights.items()}
-    best = min(losses, key=losses.__getitem__)
-    integers, scales, pruned = answers[best]
-    spent = sparse.work + 2 * QUANTIZERS["admm+polish"].work(held) + QUANTIZERS[greedy].work(held)
-    damped = problem.damped
+
+    def solve(name: str) -> tuple[Tensor, tuple[Tensor, Tensor, Grid, Tensor]]:
+        integers, scales, pruned = ways[name]()
+        weights = scales.values(integers).to(W.dtype)
+        return weights, (weights, integers, scales, pruned)
+
+    found = contest(list(ways), solve, lambda V: layer_loss(W, V, H), judge, _SIMPLE)
     return Quantized(
-        weights[best], integers, scales, pruned, losses[best], best, losses, spent, damped.damping, damped.notes
+        *found.answer,
+        found.losses[found.name],
+        found.name,
+        found.losses,
+        found.judged,
+        sparse.work + 2 * QUANTIZERS["admm+polish"].work(held) + QUANTIZERS[greedy].work(held),
+        problem.damped.damping,
+        (*problem.damped.notes, *found.notes),
     )
+
+
+def _simple(problem: Pruning, grid: GridSpec) -> tuple[Tensor, Grid, Tensor]:
+    weights, chosen = magnitude(problem)
+    scales = fit_grid(weights, grid)
+    return scales.integers(weights), scales, problem.mask(chosen)
+
+
+def _joint(problem: Pruning, held: Quantization) -> tuple[Tensor, Grid, Tensor]:
+    integers, pruned = admm_joint(problem, held.grid)
+    return (*polish(dataclasses.replace(held, held=pruned), integers), pruned)

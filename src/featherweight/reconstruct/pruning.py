@@ -13,10 +13,10 @@ from collections.abc import Callable, Mapping
 import torch
 from torch import Tensor
 
-from featherweight.errors import OptionError, nearest
 from featherweight.patterns import Pattern
 from featherweight.reconstruct import baselines
 from featherweight.reconstruct.admm import admm_mask
+from featherweight.reconstruct.contest import Judge, affordable, contest, entrants
 from featherweight.reconstruct.exact_obs import eliminate
 from featherweight.reconstruct.hessian import layer_loss
 from featherweight.reconstruct.problem import Pruning, pruning
@@ -32,7 +32,8 @@ class Pruned:
     """A pruned layer: `weights` (rows, d) in W's dtype, `pruned` (True where zero), and what is known of them.
 
     `loss` is ½ Σ (w - v) H (w - v)ᵀ of the weights as delivered, on the H that was given. `losses` has it for each solver
-    that was tried, `work` is in 1e9 multiply-adds, `damping` is what was used, and `notes` are for the user's eyes.
+    that was tried and `judged` the judge's loss, if there was one. `work` is in 1e9 multiply-adds, `damping` is what was
+    used, and `notes` are for the user's eyes.
     """
 
     weights: Tensor
@@ -40,6 +41,7 @@ class Pruned:
     loss: float
     solver: str
     losses: Mapping[str, float]
+    judged: Mapping[str, float]
     work: float
     damping: float
     notes: tuple[str, ...]
@@ -65,6 +67,7 @@ def prune(
     damping: float = 1e-4,
     budget_bytes: int = 1 << 30,
     work: float = 1000.0,
+    judge: Judge | None = None,
 ) -> Pruned:
     """Zeros in W (rows, d) where, with all other weights refitted, they raise the layer's error on H (d, d) least.
 
@@ -76,6 +79,8 @@ def prune(
     - `solver`: a key of `PRUNERS`, or `best`: those that `work` (1e9 multiply-adds) pays for, and the lowest loss wins.
     - `run`: input channels at one kernel position, which N:M groups and tiles do not cross; columns are those channels.
     - `damping`: relative to H's mean diagonal, a ridge toward W (see `damp`). `budget_bytes`: memory for batches of rows.
+    - `judge`: the loss of weights (rows, d) in the layer's place on held-out samples. With one, the lowest judged loss
+      wins, and magnitude is delivered rather than anything that is worse than it.
 
     Raises `OptionError` and `NumericalError`.
 
@@ -85,36 +90,33 @@ def prune(
     (tensor([[0.0000, 2.9000]]), 0.095)
     """
     problem = pruning(W, H, pattern, sparsity, run=run, damping=damping, budget_bytes=budget_bytes)
-    names = affordable(problem, work) if solver == "best" else [solver]
-    if names[0] not in PRUNERS:
-        close = ", ".join(nearest(solver, [*PRUNERS, "best"])) or "best"
-        raise OptionError(f"solver {solver!r} is none of {', '.join(PRUNERS)}, best. Nearest: {close}.")
-    losses: dict[str, float] = {}
-    answers: dict[str, tuple[Tensor, Tensor]] = {}
-    for name in names:
+    names = entrants(solver, lambda: _best(problem, work), PRUNERS, _SIMPLE, judge is not None)
+
+    def solve(name: str) -> tuple[Tensor, tuple[Tensor, Tensor]]:
         weights, pruned = PRUNERS[name].run(problem)
         weights = torch.where(problem.damped.dead & ~pruned, W, weights.to(W.dtype))
-        losses[name] = layer_loss(W, weights, H)
-        if losses[name] <= min(losses.values()):
-            answers = {name: (weights, pruned)}
-    [(solver, (weights, pruned))] = answers.items()
-    spent = sum(PRUNERS[name].work(problem) for name in names)
-    return Pruned(weights, pruned, losses[solver], solver, losses, spent, problem.damped.damping, problem.damped.notes)
+        return weights, (weights, pruned)
+
+    found = contest(names, solve, lambda V: layer_loss(W, V, H), judge, _SIMPLE)
+    weights, pruned = found.answer
+    return Pruned(
+        weights,
+        pruned,
+        found.losses[found.name],
+        found.name,
+        found.losses,
+        found.judged,
+        sum(PRUNERS[name].work(problem) for name in names),
+        problem.damped.damping,
+        (*problem.damped.notes, *found.notes),
+    )
 
 
-def affordable(problem: Pruning, work: float) -> list[str]:
-    """What `best` tries: the baselines, and of each of two families the best solver that what is left of `work` pays for.
-
-    The last of the first family runs whatever it costs.
-    """
-    names = [name for name in _BASELINES if _takes(problem, name)]
-    for family in _FAMILIES:
-        takes = [name for name in family if _takes(problem, name)]
-        fits = [name for name in takes if PRUNERS[name].work(problem) <= work]
-        chosen = fits[:1] or (takes[-1:] if family is _FAMILIES[0] else [])
-        work -= sum(PRUNERS[name].work(problem) for name in chosen)
-        names += chosen
-    return names
+def _best(problem: Pruning, work: float) -> list[str]:
+    """What `best` tries: the baselines, and of each of two families the best solver that what is left of `work` pays for."""
+    families = [[name for name in family if _takes(problem, name)] for family in _FAMILIES]
+    baselines = [name for name in _BASELINES if _takes(problem, name)]
+    return baselines + affordable(families, lambda name: PRUNERS[name].work(problem), work)
 
 
 def _takes(problem: Pruning, name: str) -> bool:
@@ -198,5 +200,6 @@ PRUNERS: dict[str, Pruner] = {
 }
 
 # What `best` compares with, and what it chooses from: in each family the dearest first.
-_BASELINES = ("magnitude", "wanda", "sparsegpt")
+_SIMPLE = "magnitude"
+_BASELINES = (_SIMPLE, "wanda", "sparsegpt")
 _FAMILIES = (("admm+swap", "admm", "sparsegpt+refit", "magnitude+refit"), ("exact_obs+swap", "exact_obs"))

@@ -13,9 +13,10 @@ from collections.abc import Callable, Mapping
 import torch
 from torch import Tensor
 
-from featherweight.errors import OptionError, nearest
+from featherweight.errors import OptionError
 from featherweight.grids import Grid, GridSpec, fit_grid
 from featherweight.reconstruct.admm import admm_grid
+from featherweight.reconstruct.contest import Judge, affordable, contest, entrants
 from featherweight.reconstruct.descent import coordinate_descent, set_descent
 from featherweight.reconstruct.gptq import gptq
 from featherweight.reconstruct.hessian import check_weights, damp, layer_loss
@@ -33,7 +34,8 @@ class Quantized:
     """A quantized layer: `integers` (rows, d) on `grid`, the `weights` they stand for in W's dtype, what is held at zero.
 
     `loss` is ½ Σ (w - v) H (w - v)ᵀ of the weights as delivered, on the H that was given. `losses` has it for each solver
-    that was tried, `work` is in 1e9 multiply-adds, `damping` is what was used, and `notes` are for the user's eyes.
+    that was tried and `judged` the judge's loss, if there was one. `work` is in 1e9 multiply-adds, `damping` is what was
+    used, and `notes` are for the user's eyes.
     """
 
     weights: Tensor
@@ -43,6 +45,7 @@ class Quantized:
     loss: float
     solver: str
     losses: Mapping[str, float]
+    judged: Mapping[str, float]
     work: float
     damping: float
     notes: tuple[str, ...]
@@ -67,6 +70,7 @@ def quantize(
     damping: float = 1e-4,
     budget_bytes: int = 1 << 30,
     work: float = 1000.0,
+    judge: Judge | None = None,
 ) -> Quantized:
     """W (rows, d) on a grid of 2 to 8 bits, so chosen that the layer's error on H (d, d) rises least.
 
@@ -77,7 +81,7 @@ def quantize(
       scales for the layer's error, unless `fit_scales` is False.
     - `solver`: a key of `QUANTIZERS`, or `best`: those that `work` (1e9 multiply-adds) pays for, and the lowest loss wins.
     - `keep_zeros`: weights that are zero, pruned ones, stay exactly zero.
-    - `damping`, `budget_bytes`: as in `prune`.
+    - `damping`, `budget_bytes`, `judge`: as in `prune`; the simple method is nearest.
 
     Raises `OptionError` and `NumericalError`.
 
@@ -96,43 +100,30 @@ def quantize(
         )
     held = (W == 0) if keep_zeros else torch.zeros_like(W, dtype=torch.bool)
     problem = Quantization(W.detach().double(), damped, grid, held, fit_scales, budget_bytes)
-    return solve(problem, W, H, solver, work)
+    names = entrants(solver, lambda: _best(problem, work), QUANTIZERS, _SIMPLE, judge is not None)
 
-
-def solve(problem: Quantization, W: Tensor, H: Tensor, solver: str, work: float) -> Quantized:
-    """Runs a solver, or those that `best` affords, and measures each on the W and H that were given."""
-    names = affordable(problem, work) if solver == "best" else [solver]
-    if names[0] not in QUANTIZERS:
-        close = ", ".join(nearest(solver, [*QUANTIZERS, "best"])) or "best"
-        raise OptionError(f"solver {solver!r} is none of {', '.join(QUANTIZERS)}, best. Nearest: {close}.")
-    losses: dict[str, float] = {}
-    answers: dict[str, tuple[Tensor, Grid, Tensor]] = {}
-    for name in names:
+    def solve(name: str) -> tuple[Tensor, tuple[Tensor, Tensor, Grid]]:
         integers, grid = QUANTIZERS[name].run(problem)
         weights = grid.values(integers).to(W.dtype)
-        losses[name] = layer_loss(W, weights, H)
-        if losses[name] <= min(losses.values()):
-            answers = {name: (integers, grid, weights)}
-    [(solver, (integers, grid, weights))] = answers.items()
-    spent = sum(QUANTIZERS[name].work(problem) for name in names)
-    damped = problem.damped
+        return weights, (weights, integers, grid)
+
+    found = contest(names, solve, lambda V: layer_loss(W, V, H), judge, _SIMPLE)
     return Quantized(
-        weights, integers, grid, problem.held, losses[solver], solver, losses, spent, damped.damping, damped.notes
+        *found.answer,
+        held,
+        found.losses[found.name],
+        found.name,
+        found.losses,
+        found.judged,
+        sum(QUANTIZERS[name].work(problem) for name in names),
+        damped.damping,
+        (*damped.notes, *found.notes),
     )
 
 
-def affordable(problem: Quantization, work: float) -> list[str]:
-    """What `best` tries: the baselines, and of each of two families the best solver that what is left of `work` pays for.
-
-    The last of the first family runs whatever it costs.
-    """
-    names = list(_BASELINES)
-    for family in _FAMILIES:
-        fits = [name for name in family if QUANTIZERS[name].work(problem) <= work]
-        chosen = fits[:1] or (list(family[-1:]) if family is _FAMILIES[0] else [])
-        work -= sum(QUANTIZERS[name].work(problem) for name in chosen)
-        names += chosen
-    return names
+def _best(problem: Quantization, work: float) -> list[str]:
+    """What `best` tries: the baselines, and of each of two families the best solver that what is left of `work` pays for."""
+    return [*_BASELINES, *affordable(_FAMILIES, lambda name: QUANTIZERS[name].work(problem), work)]
 
 
 def polish(problem: Quantization, integers: Tensor) -> tuple[Tensor, Grid]:
@@ -196,5 +187,6 @@ QUANTIZERS: dict[str, Quantizer] = {
 }
 
 # What `best` compares with, and what it chooses from: in each family the dearest first.
-_BASELINES = ("nearest", "gptq")
+_SIMPLE = "nearest"
+_BASELINES = (_SIMPLE, "gptq")
 _FAMILIES = (("admm+polish", "gptq+polish"), ("obq+polish",))
