@@ -8,12 +8,11 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, TypeGuard
 
 from featherweight.errors import OptionError, nearest
+from featherweight.layers import RULES
 from featherweight.patterns import Pattern, parse_pattern
 from featherweight.prune.importance import IMPORTANCES, Importance
 
 __all__ = ["PruningOptions", "check_whole", "check_word"]
-
-DENSE = ("first", "depthwise", "output")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -46,7 +45,7 @@ class PruningOptions:
     layers: Sequence[str] = ("*",)
     caps: float | Mapping[str, float] = 1.0
     keep: Sequence[str] = ()
-    dense: Sequence[str] = DENSE
+    dense: Sequence[str] = RULES
     feeds: Mapping[str, str] = dataclasses.field(default_factory=dict)
     seed: int = 0
 
@@ -61,7 +60,7 @@ class PruningOptions:
             check_word(me, "importance", self.importance, IMPORTANCES)
         check_word(me, "ranking", self.ranking, ("layer", "global"))
         for rule in self.dense:
-            check_word(me, "dense", rule, DENSE)
+            check_word(me, "dense", rule, RULES)
         check_whole(me, "seed", self.seed)
         _check_feeds(me, self.feeds, self.pattern)
         _check_sparsity(me, self.sparsity, self.parsed)

@@ -10,13 +10,12 @@ from typing import Any
 import torch
 from torch import nn
 
-from featherweight.errors import DataError, NothingToCompress, OptionError
-from featherweight.layers import Weight, call_order, matches, select, unwrap, weights
+from featherweight.errors import NothingToCompress, OptionError
+from featherweight.layers import Weight, is_named, keep_by_name, keep_by_rule, names_of, select, unwrap, weights
 from featherweight.prune.chains import given_chains, traced_chains
 from featherweight.prune.importance import GRADIENT_BASED
 from featherweight.prune.options import PruningOptions
 from featherweight.prune.units import misfit, rows, to_units
-from featherweight.task import describe
 
 __all__ = ["Selected", "Target", "choose_layers", "refuse_nothing"]
 
@@ -72,9 +71,10 @@ def choose_layers(
     _check_globs(model, options, found, left)
     kept = dict(left)
     targets: list[Target] = []
-    _keep_by_name(found, options, kept)
+    targeted = list(options.sparsity) if isinstance(options.sparsity, Mapping) else ["*"]
+    keep_by_name(found, options.layers, options.keep, {"sparsity": targeted}, kept)
     if options.dense:
-        _keep_by_rule(model, found, options, example_inputs, kept)
+        keep_by_rule(model, found, options.dense, example_inputs, kept)
     _keep_by_values(found, options, trained, kept)
     pairs: Mapping[str, Weight] = {}
     if options.pattern == "neuron":
@@ -97,18 +97,10 @@ def refuse_nothing(selected: Sequence[Selected]) -> None:
     raise NothingToCompress(f"Nothing to prune: all {len(selected)} weights are kept. {shown}{more}.")
 
 
-def _names(weight: Weight) -> tuple[str, ...]:
-    return (weight.name, *weight.aliases)
-
-
-def _is_named(weight: Weight, globs: Iterable[str]) -> bool:
-    return any(matches(name, globs) for name in _names(weight))
-
-
 def _last_match(weight: Weight, shares: float | Mapping[str, float] | None) -> float | None:
     if not isinstance(shares, Mapping):
         return shares
-    return next((shares[glob] for glob in reversed(list(shares)) if _is_named(weight, [glob])), None)
+    return next((shares[glob] for glob in reversed(list(shares)) if is_named(weight, [glob])), None)
 
 
 def _target(weight: Weight, options: PruningOptions) -> float:
@@ -119,7 +111,7 @@ def _target(weight: Weight, options: PruningOptions) -> float:
 
 
 def _check_globs(model: nn.Module, options: PruningOptions, found: Sequence[Weight], left: Mapping[str, str]) -> None:
-    names = [name for weight in found for name in _names(weight)] + list(left)
+    names = [name for weight in found for name in names_of(weight)] + list(left)
     if names:
         select(names, options.layers, option="layers")
     every = dict(model.named_parameters(remove_duplicate=False)) | dict(model.named_buffers(remove_duplicate=False))
@@ -130,82 +122,12 @@ def _check_globs(model: nn.Module, options: PruningOptions, found: Sequence[Weig
         select(names, list(shares), option=option)
         globs = list(shares)
         for i, glob in enumerate(globs):
-            named = [weight for weight in found if _is_named(weight, [glob])]
-            if named and all(_is_named(weight, globs[i + 1 :]) for weight in named):
+            named = [weight for weight in found if is_named(weight, [glob])]
+            if named and all(is_named(weight, globs[i + 1 :]) for weight in named):
                 raise OptionError(
                     f"{option}: {glob!r} decides nothing, because {', '.join(map(repr, globs[i + 1 :]))} after it "
                     f"overrides it everywhere. Put {glob!r} last."
                 )
-
-
-def _keep_by_name(found: Sequence[Weight], options: PruningOptions, kept: dict[str, str]) -> None:
-    for weight in found:
-        targets = list(options.sparsity) if isinstance(options.sparsity, Mapping) else ["*"]
-        globs = [*options.layers, *targets]
-        if not _is_named(weight, options.layers):
-            kept[weight.name] = "no glob of layers names it"
-        elif not _is_named(weight, targets):
-            kept[weight.name] = "no glob of sparsity names it"
-        elif weight.kind == "bare" and not _is_named(weight, [glob for glob in globs if glob.strip("*")]):
-            kept[weight.name] = (
-                f"a parameter of {type(weight.module).__name__}, which may or may not be a weight; "
-                f"name it to prune it: layers=['*', '{weight.name}']"
-            )
-        else:
-            by = next((glob for glob in options.keep if _is_named(weight, [glob])), None)
-            if by is not None:
-                kept[weight.name] = f"keep={by!r} names it"
-
-
-def _keep_by_rule(
-    model: nn.Module,
-    found: Sequence[Weight],
-    options: PruningOptions,
-    example_inputs: tuple[Any, ...] | None,
-    kept: dict[str, str],
-) -> None:
-    order, unsure = _order(model, found, example_inputs)
-    places = {w.name: [order[layer] for layer in _layers(w) if layer in order] for w in found if w.kind != "bare"}
-    seen = [place for each in places.values() for place in each]
-    hint = "; give example_inputs to see the order of calls" if unsure else ""
-    where = " in definition order" if unsure else ""
-    for weight in found:
-        own = places.get(weight.name, [])
-        if weight.name in kept:
-            continue
-        if "first" in options.dense and weight.kind in ("conv", "transposed conv") and min(seen, default=-1) in own:
-            kept[weight.name] = f"first layer{where}, a convolution{hint}; dense=() prunes it too"
-        elif "depthwise" in options.dense and weight.depthwise:
-            kept[weight.name] = "depthwise; dense=() prunes it too"
-        elif "output" in options.dense and max(seen, default=-1) in own:
-            what = "last in definition order" if unsure else "output layer"
-            kept[weight.name] = f"{what}{hint}; dense=() prunes it too"
-
-
-def _order(
-    model: nn.Module, found: Sequence[Weight], example_inputs: tuple[Any, ...] | None
-) -> tuple[dict[str, int], bool]:
-    """When each layer with weights runs, and whether this is only the order of definition."""
-    if example_inputs is None:
-        return {layer: i for i, weight in enumerate(found) for layer in _layers(weight)[:1]}, True
-    try:
-        calls = {layer: i for i, layer in enumerate(call_order(model, example_inputs))}
-    except (TypeError, RuntimeError, ValueError, IndexError) as error:
-        raise DataError(
-            f"The model cannot be called with example_inputs {describe(example_inputs)}: {error}"
-        ) from error
-    order = {}
-    for layer in (layer for weight in found for layer in _layers(weight)):
-        # MultiheadAttention never calls the module that holds its output projection.
-        for name in (layer, layer.rpartition(".")[0]):
-            if name in calls:
-                order[layer] = calls[name]
-                break
-    return order, False
-
-
-def _layers(weight: Weight) -> list[str]:
-    return [name.rpartition(".")[0] for name in _names(weight)]
 
 
 def _keep_by_values(
@@ -249,7 +171,7 @@ def _pair(
             continue
         if consumer is None:
             kept[weight.name] = reasons.get(weight.name, "no pair of feeds names it")
-        elif _is_named(consumer, options.keep):
+        elif is_named(consumer, options.keep):
             kept[weight.name] = f"it feeds {consumer.layer}, which keep={list(options.keep)} names"
         elif options.importance in GRADIENT_BASED and not consumer.parameter.requires_grad:
             kept[weight.name] = f"it feeds {consumer.layer}, which gets no gradient"
@@ -278,7 +200,7 @@ def _describe(
         reason = f"{zeros:.1%} are zero already, more than the target; they stay" if zeros > target.sparsity else ""
         if target.consumer is not None:
             reason = "; ".join(filter(None, (f"with the columns it feeds in {target.consumer.layer}", reason)))
-        named = next((glob for glob in reversed(options.layers) if _is_named(weight, [glob])), "*")
+        named = next((glob for glob in reversed(options.layers) if is_named(weight, [glob])), "*")
         yield Selected(
             weight.name, weight.kind, shape, n, "pruned", target.sparsity, reason or f"layers={named!r} names it"
         )

@@ -1,0 +1,114 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Which weights a method leaves alone, each with the reason: by name and by rule, the same for every method."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from torch import nn
+
+from featherweight.errors import DataError
+from featherweight.layers.order import call_order
+from featherweight.layers.select import matches
+from featherweight.layers.weights import Weight
+from featherweight.task import describe
+
+__all__ = ["RULES", "is_named", "keep_by_name", "keep_by_rule", "names_of"]
+
+RULES = ("first", "depthwise", "output")
+
+
+def names_of(weight: Weight) -> tuple[str, ...]:
+    """All names of a weight, the canonical one first."""
+    return (weight.name, *weight.aliases)
+
+
+def is_named(weight: Weight, globs: Iterable[str]) -> bool:
+    """Whether a glob names the weight, by any of its names."""
+    globs = tuple(globs)
+    return any(matches(name, globs) for name in names_of(weight))
+
+
+def keep_by_name(
+    found: Sequence[Weight],
+    layers: Sequence[str],
+    keep: Sequence[str],
+    targets: Mapping[str, Sequence[str]],
+    kept: dict[str, str],
+) -> None:
+    """Notes in `kept` what the globs of `layers` do not name, what those of `keep` do, and bare parameters.
+
+    `targets` are options that may name layers too, each with its globs: a weight that one of them does not name is kept.
+    """
+    named_by = [*layers, *(glob for globs in targets.values() for glob in globs)]
+    for weight in found:
+        missed = next((option for option, globs in targets.items() if not is_named(weight, globs)), None)
+        by = next((glob for glob in keep if is_named(weight, [glob])), None)
+        if not is_named(weight, layers):
+            kept[weight.name] = "no glob of layers names it"
+        elif missed is not None:
+            kept[weight.name] = f"no glob of {missed} names it"
+        elif weight.kind == "bare" and not is_named(weight, [glob for glob in named_by if glob.strip("*")]):
+            kept[weight.name] = (
+                f"a parameter of {type(weight.module).__name__}, which may or may not be a weight; "
+                f"name it to prune it: layers=['*', '{weight.name}']"
+            )
+        elif by is not None:
+            kept[weight.name] = f"keep={by!r} names it"
+
+
+def keep_by_rule(
+    model: nn.Module,
+    found: Sequence[Weight],
+    rules: Sequence[str],
+    example_inputs: tuple[Any, ...] | None,
+    kept: dict[str, str],
+) -> None:
+    """Notes in `kept` what the rules say: `first` (if the first layer is a convolution), `depthwise`, `output`.
+
+    First and last are those of one forward call of `example_inputs`; without them, of the order of definition, which
+    the reason then says. Raises `DataError` where the model cannot be called with them.
+    """
+    order, unsure = _order(model, found, example_inputs)
+    places = {w.name: [order[layer] for layer in _layers(w) if layer in order] for w in found if w.kind != "bare"}
+    seen = [place for each in places.values() for place in each]
+    hint = "; give example_inputs to see the order of calls" if unsure else ""
+    where = " in definition order" if unsure else ""
+    for weight in found:
+        own = places.get(weight.name, [])
+        if weight.name in kept:
+            continue
+        if "first" in rules and weight.kind in ("conv", "transposed conv") and min(seen, default=-1) in own:
+            kept[weight.name] = f"first layer{where}, a convolution{hint}; dense=() prunes it too"
+        elif "depthwise" in rules and weight.depthwise:
+            kept[weight.name] = "depthwise; dense=() prunes it too"
+        elif "output" in rules and max(seen, default=-1) in own:
+            what = "last in definition order" if unsure else "output layer"
+            kept[weight.name] = f"{what}{hint}; dense=() prunes it too"
+
+
+def _order(
+    model: nn.Module, found: Sequence[Weight], example_inputs: tuple[Any, ...] | None
+) -> tuple[dict[str, int], bool]:
+    """When each layer with weights runs, and whether this is only the order of definition."""
+    if example_inputs is None:
+        return {layer: i for i, weight in enumerate(found) for layer in _layers(weight)[:1]}, True
+    try:
+        calls = {layer: i for i, layer in enumerate(call_order(model, example_inputs))}
+    except (TypeError, RuntimeError, ValueError, IndexError) as error:
+        raise DataError(
+            f"The model cannot be called with example_inputs {describe(example_inputs)}: {error}"
+        ) from error
+    order = {}
+    for layer in (layer for weight in found for layer in _layers(weight)):
+        # MultiheadAttention never calls the module that holds its output projection.
+        for name in (layer, layer.rpartition(".")[0]):
+            if name in calls:
+                order[layer] = calls[name]
+                break
+    return order, False
+
+
+def _layers(weight: Weight) -> list[str]:
+    return [name.rpartition(".")[0] for name in names_of(weight)]
