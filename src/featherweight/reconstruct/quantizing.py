@@ -15,6 +15,7 @@ from torch import Tensor
 
 from featherweight.errors import OptionError
 from featherweight.grids import Grid, GridSpec, fit_grid
+from featherweight.reconstruct.adaround import STEPS, adaround
 from featherweight.reconstruct.admm import admm_grid
 from featherweight.reconstruct.contest import Judge, affordable, contest, entrants
 from featherweight.reconstruct.descent import coordinate_descent, set_descent
@@ -171,6 +172,10 @@ def _admm_work(problem: Quantization) -> float:
     return 12 * (problem.d**3 + 10 * problem.rows * problem.d**2) / 1e9
 
 
+def _adaround_work(problem: Quantization) -> float:
+    return STEPS * _square(problem)
+
+
 def _polish_work(problem: Quantization) -> float:
     # Five descents that stop after some three sweeps, four passes over sets, four fits of scales.
     return 30 * _square(problem)
@@ -182,6 +187,8 @@ QUANTIZERS: dict[str, Quantizer] = {
     "gptq+polish": Quantizer(_polished(gptq), lambda p: _gptq_work(p) + _polish_work(p)),
     "obq": Quantizer(_on_grid(obq), _obq_work),
     "obq+polish": Quantizer(_polished(obq), lambda p: _obq_work(p) + _polish_work(p)),
+    "adaround": Quantizer(_on_grid(adaround), _adaround_work),
+    "adaround+polish": Quantizer(_polished(adaround), lambda p: _adaround_work(p) + _polish_work(p)),
     "admm": Quantizer(_on_grid(admm_grid), _admm_work),
     "admm+polish": Quantizer(_polished(admm_grid), lambda p: _admm_work(p) + _polish_work(p)),
 }
