@@ -1,0 +1,330 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One layer at every level and pattern: what a database holds of it, solved in one pass and stored as small integers.
+
+ExactOBS removes units in an order, and what is gone at one sparsity is gone at the next. So one elimination answers all
+levels, and for each unit it is enough to know the first level at which it is gone: six bits where there are 44 levels.
+The weights come back by exact refit. An N:M pattern is one mask, a bit a weight; so is each level where another solver
+searches it by itself. A quantized layer is its integers, packed to their bits, and its grid.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import math
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from featherweight import pack
+from featherweight.errors import OptionError
+from featherweight.grids import Grid, GridSpec
+from featherweight.pack.bits import bytes_of, pack_fields, unpack_fields
+from featherweight.patterns import Pattern, parse_pattern
+from featherweight.reconstruct.allocate import ascending
+from featherweight.reconstruct.exact_obs import Elimination, eliminate
+from featherweight.reconstruct.hessian import Damped
+from featherweight.reconstruct.joint import prune_and_quantize
+from featherweight.reconstruct.problem import pruning
+from featherweight.reconstruct.pruning import PRUNERS, prune
+from featherweight.reconstruct.quantizing import Quantized, quantize
+from featherweight.reconstruct.refit import refit_rows
+from featherweight.reconstruct.units import Units, units_of
+
+__all__ = ["Contents", "Made", "Settled", "default_levels", "entries_of", "first_level", "refitted", "settled"]
+
+_TILE_LEVELS, _WEIGHT_LEVELS = 29, 44
+
+
+def default_levels(pattern: Pattern) -> tuple[float, ...]:
+    """Sparsities whose densities fall by a tenth a level, the paper's: to 0.99 for single weights, to 0.95 for others.
+
+    >>> [round(level, 3) for level in default_levels(parse_pattern("1x4"))[:3]]
+    [0.1, 0.19, 0.271]
+    """
+    most = _WEIGHT_LEVELS if pattern.kind == "weight" else _TILE_LEVELS
+    return tuple(1 - 0.9**level for level in range(1, most + 1))
+
+
+@dataclasses.dataclass(frozen=True)
+class Contents:
+    """What a database is to hold of each layer, and how it is solved.
+
+    - `patterns`: `weight`, `RxC` tiles and `column` at each of `levels` (sparsities; None: `default_levels`), N:M as it is.
+    - `bits`: weights on grids of so many bits, asymmetric unless `symmetric`, one scale a row or for every `chunk` columns.
+    - `joint`: zeros and a grid together: (pattern, sparsity, bits), with None as the sparsity of N:M.
+    - `solver`: for zeros. `exact_obs` gives all levels by one elimination and stores them nested; where `work` (1e9
+      multiply-adds a pattern, see `prune`) does not pay for it, and for any other name or `best`, each level is solved and
+      stored by itself with its share of `work`.
+    - `layers`: globs. `block`: input channels are split so that no problem has more columns, each block with its entries.
+    - `damping`: as in `prune`.
+
+    Raises `OptionError`.
+
+    >>> Contents(patterns=("weight",), levels=(0.5, 0.9), bits=(4,), joint=()).kinds
+    ('weight', '4 bit')
+    """
+
+    patterns: tuple[str, ...] = ("weight", "2:4", "1x4")
+    levels: tuple[float, ...] | None = None
+    bits: tuple[int, ...] = (4, 3, 2)
+    joint: tuple[tuple[str, float | None, int], ...] = (("2:4", None, 4),)
+    symmetric: bool = False
+    chunk: int | None = None
+    solver: str = "exact_obs"
+    layers: tuple[str, ...] = ("*",)
+    block: int | None = None
+    damping: float = 1e-4
+    work: float = 1000.0
+
+    def __post_init__(self) -> None:
+        for pattern in self.patterns:
+            if parse_pattern(pattern).kind in ("row", "neuron"):
+                raise OptionError(
+                    f"pattern {pattern}: whole outputs are not chosen by a layer's own error; leave it out."
+                )
+        if self.levels is not None and not (
+            self.levels
+            and all(0 < level <= 1 for level in self.levels)
+            and all(a < b for a, b in itertools.pairwise(self.levels))
+        ):
+            raise OptionError(f"levels are sparsities above 0 and up to 1, ascending; got {self.levels!r}.")
+        if self.solver not in PRUNERS and self.solver != "best":
+            raise OptionError(f"solver {self.solver!r} is none of {', '.join(PRUNERS)}, best.")
+        for pattern, sparsity, bits in self.joint:
+            if (parse_pattern(pattern).kind == "n:m") != (sparsity is None):
+                raise OptionError(
+                    f"joint {(pattern, sparsity, bits)!r}: N:M takes None as its sparsity, others a number."
+                )
+            self.spec(bits)
+        for bits in self.bits:
+            self.spec(bits)
+        if len(set(self.kinds)) < len(self.kinds):
+            raise OptionError(
+                f"what is asked for twice: patterns {self.patterns}, bits {self.bits}, joint {self.joint}."
+            )
+
+    @property
+    def kinds(self) -> tuple[str, ...]:
+        """The kinds of entries, in order: `weight`, `2:4`, `4 bit`, `2:4 + 4 bit`, and `weight 0.5 + 4 bit`."""
+        joint = [
+            (pattern if sparsity is None else f"{pattern} {sparsity:.6g}") + f" + {bits} bit"
+            for pattern, sparsity, bits in self.joint
+        ]
+        return (*self.patterns, *(f"{bits} bit" for bits in self.bits), *joint)
+
+    def levels_of(self, pattern: Pattern) -> tuple[float, ...]:
+        return default_levels(pattern) if self.levels is None else self.levels
+
+    def spec(self, bits: int) -> GridSpec:
+        return GridSpec(bits, symmetric=self.symmetric, chunk=self.chunk)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Made:
+    """One entry as it was solved: `weights` (rows, d) as they will come back, and what must be kept of it.
+
+    `tensors` go to disk under the entry's name; those of a nested pattern are all with its first level. `bytes` is what
+    the weights take in their smallest exact form. `level` counts the levels of a nested pattern; None elsewhere.
+    """
+
+    kind: str
+    asked: float | None
+    bits: int | None
+    level: int | None
+    weights: Tensor
+    zeros: int
+    bytes: int
+    solver: str
+    tensors: Mapping[str, Tensor]
+    notes: tuple[str, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class _Solving:
+    W: Tensor
+    H: Tensor
+    contents: Contents
+    options: dict[str, Any]
+
+
+def entries_of(
+    W: Tensor,
+    H: Tensor,
+    contents: Contents,
+    *,
+    run: int | None = None,
+    budget_bytes: int = 1 << 30,
+    judge: Callable[[Tensor], float] | None = None,
+) -> Iterator[Made]:
+    """Solves W (rows, d) on its layer Hessian H (d, d) for all that `contents` asks for, one entry at a time.
+
+    `run` and `budget_bytes` are as in `prune`; `judge` is the loss of candidate weights on held-out samples, by which
+    solvers that compare candidates then choose. Raises `OptionError` and `NumericalError`.
+
+    >>> W = torch.tensor([[4.0, 1.0, 3.0, 2.0]])
+    >>> contents = Contents(patterns=("weight",), levels=(0.25, 0.5), bits=(), joint=())
+    >>> [(made.asked, made.weights.tolist()) for made in entries_of(W, torch.eye(4), contents)]
+    [(0.25, [[4.0, 0.0, 3.0, 2.0]]), (0.5, [[4.0, 0.0, 3.0, 0.0]])]
+    """
+    options: dict[str, Any] = {"damping": contents.damping, "budget_bytes": budget_bytes, "judge": judge}
+    solving = _Solving(W, H, contents, options)
+    for pattern in contents.patterns:
+        yield from _pruned(solving, pattern, run)
+    for bits in contents.bits:
+        found = quantize(W, H, contents.spec(bits), work=contents.work, **options)
+        yield _on_grid(f"{bits} bit", found, None)
+    kinds = contents.kinds[len(contents.kinds) - len(contents.joint) :]
+    for kind, (pattern, sparsity, bits) in zip(kinds, contents.joint, strict=True):
+        found = prune_and_quantize(W, H, contents.spec(bits), pattern, sparsity, run=run, work=contents.work, **options)
+        yield _on_grid(kind, found, found.pruned)
+
+
+def _pruned(solving: _Solving, pattern: str, run: int | None) -> Iterator[Made]:
+    W, H, contents, options = solving.W, solving.H, solving.contents, solving.options
+    parsed = parse_pattern(pattern)
+    levels = (None,) if parsed.kind == "n:m" else contents.levels_of(parsed)
+    problem = pruning(
+        W, H, pattern, levels[-1], run=run, damping=contents.damping, budget_bytes=options["budget_bytes"]
+    )
+    solver = contents.solver
+    affords = solver == "best" or PRUNERS[solver].work(problem) <= contents.work
+    if solver == "exact_obs" and affords and levels[0] is not None:
+        yield from _nested(W, problem.W, problem.damped, problem.units, pattern, contents, options["budget_bytes"])
+        return
+    for level in levels:
+        found = prune(
+            W,
+            H,
+            pattern,
+            level,
+            solver=solver if affords else "best",
+            run=run,
+            work=contents.work / len(levels),
+            **options,
+        )
+        weights = refitted(W, problem.damped, found.pruned, options["budget_bytes"])
+        chosen = problem.units.sums(found.pruned.double()) > 0
+        zeros = int(found.pruned.sum())
+        size = _size(weights, parsed)
+        yield Made(
+            pattern,
+            level,
+            None,
+            None,
+            weights,
+            zeros,
+            size,
+            f"{found.solver}, refitted",
+            {"mask": _bits(chosen)},
+            found.notes,
+        )
+
+
+def _nested(
+    W: Tensor, start: Tensor, damped: Damped, units: Units, pattern: str, contents: Contents, budget_bytes: int
+) -> Iterator[Made]:
+    levels = contents.levels_of(parse_pattern(pattern))
+    found = eliminate(start, damped.inverse, units, budget_bytes=budget_bytes)
+    first = first_level(found, [round(level * W.numel()) for level in levels], len(W))
+    width = len(levels).bit_length()
+    tensors = {"first": _fields(first, width)}
+    for level, sparsity in enumerate(levels):
+        pruned = units.mask(first <= level, *W.shape)
+        weights = refitted(W, damped, pruned, budget_bytes)
+        size = _size(weights, parse_pattern(pattern))
+        yield Made(pattern, sparsity, None, level, weights, int(pruned.sum()), size, "exact_obs", tensors, damped.notes)
+        tensors = {}
+
+
+def first_level(found: Elimination, zeros: list[int], rows: int) -> Tensor:
+    """For each unit (row groups, n) the first of these levels, numbers of zeros, at which it is gone; their count if never.
+
+    Level by level what `Elimination.counts` gives: the heap takes steps in the order of their pooled prices, which one
+    stable sort has too.
+
+    >>> order, losses = torch.tensor([[1, 0]]), torch.tensor([[0.5, 4.5]])
+    >>> first_level(Elimination(order, losses, Units(torch.tensor([[0], [1]]))), [1], rows=1).tolist()
+    [[1, 0]]
+    """
+    order = found.order.long()
+    sizes = found.units.weights_of_each(len(order), rows).to(order.device).gather(1, order)
+    taken = ascending(found.losses, sizes).flatten().argsort(stable=True)
+    before = sizes.flatten()[taken].cumsum(0) - sizes.flatten()[taken]
+    level = torch.searchsorted(torch.tensor(zeros, device=order.device), before, right=True)
+    step = torch.empty_like(level).scatter_(0, taken, level).view_as(order)
+    never = torch.full((len(order), len(found.units.columns)), len(zeros), device=order.device)
+    return never.scatter_(1, order, step)
+
+
+def refitted(W: Tensor, damped: Damped, pruned: Tensor, budget_bytes: int) -> Tensor:
+    """W with zeros where `pruned` and all else refitted, as `prune` delivers it; weights of dead inputs stay as they are."""
+    weights = refit_rows(W.double().masked_fill(damped.dead, 0.0), damped, pruned, budget_bytes).to(W.dtype)
+    return torch.where(damped.dead & ~pruned, W, weights)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Settled:
+    """What an entry fixes before any data is seen: which weights are zero, or integers on a grid."""
+
+    pruned: Tensor | None = None
+    integers: Tensor | None = None
+    grid: Grid | None = None
+
+
+def settled(
+    kind: str,
+    bits: int | None,
+    level: int | None,
+    shape: tuple[int, int],
+    run: int,
+    contents: Contents,
+    tensor: Callable[[str], Tensor],
+) -> Settled:
+    """Reads an entry back; `tensor` gives what was stored of it by its name."""
+    rows, d = shape
+    if bits is not None:
+        chunk = d if contents.chunk is None else min(contents.chunk, d)
+        grid = Grid(tensor("scale"), tensor("zero_point").to(torch.int32), bits, chunk)
+        integers = _unpacked(tensor("integers"), (rows, d), bits) + grid.low
+        return Settled(integers=integers, grid=grid)
+    units = units_of(kind, rows, d, run)
+    each = (math.ceil(rows / units.rows), len(units.columns))
+    if level is None:
+        return Settled(pruned=units.mask(_unpacked(tensor("mask"), each, 1) > 0, rows, d))
+    width = len(contents.levels_of(parse_pattern(kind))).bit_length()
+    return Settled(pruned=units.mask(_unpacked(tensor("first"), each, width) <= level, rows, d))
+
+
+def _on_grid(kind: str, found: Quantized, pruned: Tensor | None) -> Made:
+    integers, grid = found.integers, found.grid
+    tensors = {
+        "integers": _fields(integers - grid.low, grid.bits),
+        "scale": grid.scale.cpu().contiguous(),
+        "zero_point": grid.zero_point.to(torch.int8).cpu().contiguous(),
+    }
+    zeros = int((found.weights == 0).sum())
+    # With many zeros a mask and the integers that are left are smaller than all integers.
+    sparse = bytes_of(integers.numel(), 1) + bytes_of(integers.numel() - zeros, grid.bits)
+    size = min(sparse, tensors["integers"].nbytes) + tensors["scale"].nbytes + tensors["zero_point"].nbytes
+    return Made(kind, None, grid.bits, None, found.weights, zeros, size, found.solver, tensors, found.notes)
+
+
+def _size(weights: Tensor, pattern: Pattern) -> int:
+    hints = {"w": f"nm:{pattern.n}:{pattern.m}:1"} if pattern.kind == "n:m" else {}
+    return pack.code({"w": weights}, hints)["w"].coded_bytes
+
+
+def _bits(chosen: Tensor) -> Tensor:
+    return _fields(chosen.to(torch.int32), 1)
+
+
+def _fields(values: Tensor, width: int) -> Tensor:
+    return torch.from_numpy(pack_fields(values.cpu().flatten().to(torch.uint16).numpy(), width))
+
+
+def _unpacked(packed: Tensor, shape: tuple[int, int], width: int) -> Tensor:
+    fields = unpack_fields(packed.numpy(), shape[0] * shape[1], width)
+    return torch.from_numpy(fields).to(torch.int32).view(shape)
