@@ -36,6 +36,8 @@ from featherweight.reconstruct.units import Units, units_of
 __all__ = ["Contents", "Made", "Settled", "default_levels", "entries_of", "first_level", "refitted", "settled"]
 
 _TILE_LEVELS, _WEIGHT_LEVELS = 29, 44
+# Solvers that leave the weights that are kept as they fell.
+_NOT_REFITTED = ("magnitude", "wanda", "sparsegpt")
 
 
 def default_levels(pattern: Pattern) -> tuple[float, ...]:
@@ -175,11 +177,11 @@ def entries_of(
         yield from _pruned(solving, pattern, run)
     for bits in contents.bits:
         found = quantize(W, H, contents.spec(bits), work=contents.work, **options)
-        yield _on_grid(f"{bits} bit", found, None)
+        yield _on_grid(f"{bits} bit", W, found)
     kinds = contents.kinds[len(contents.kinds) - len(contents.joint) :]
     for kind, (pattern, sparsity, bits) in zip(kinds, contents.joint, strict=True):
         found = prune_and_quantize(W, H, contents.spec(bits), pattern, sparsity, run=run, work=contents.work, **options)
-        yield _on_grid(kind, found, found.pruned)
+        yield _on_grid(kind, W, found)
 
 
 def _pruned(solving: _Solving, pattern: str, run: int | None) -> Iterator[Made]:
@@ -205,9 +207,11 @@ def _pruned(solving: _Solving, pattern: str, run: int | None) -> Iterator[Made]:
             work=contents.work / len(levels),
             **options,
         )
-        weights = refitted(W, problem.damped, found.pruned, options["budget_bytes"])
+        weights = found.weights
+        if found.solver in _NOT_REFITTED or bool((W == 0).any()):
+            weights = refitted(W, problem.damped, found.pruned, options["budget_bytes"])
         chosen = problem.units.sums(found.pruned.double()) > 0
-        zeros = int(found.pruned.sum())
+        zeros = int((weights == 0).sum())
         size = _size(weights, parsed)
         yield Made(
             pattern,
@@ -217,7 +221,7 @@ def _pruned(solving: _Solving, pattern: str, run: int | None) -> Iterator[Made]:
             weights,
             zeros,
             size,
-            f"{found.solver}, refitted",
+            found.solver,
             {"mask": _bits(chosen)},
             found.notes,
         )
@@ -234,8 +238,9 @@ def _nested(
     for level, sparsity in enumerate(levels):
         pruned = units.mask(first <= level, *W.shape)
         weights = refitted(W, damped, pruned, budget_bytes)
+        zeros = int((weights == 0).sum())
         size = _size(weights, parse_pattern(pattern))
-        yield Made(pattern, sparsity, None, level, weights, int(pruned.sum()), size, "exact_obs", tensors, damped.notes)
+        yield Made(pattern, sparsity, None, level, weights, zeros, size, "exact_obs", tensors, damped.notes)
         tensors = {}
 
 
@@ -260,7 +265,11 @@ def first_level(found: Elimination, zeros: list[int], rows: int) -> Tensor:
 
 
 def refitted(W: Tensor, damped: Damped, pruned: Tensor, budget_bytes: int) -> Tensor:
-    """W with zeros where `pruned` and all else refitted, as `prune` delivers it; weights of dead inputs stay as they are."""
+    """W (rows, d) with zeros where `pruned` and all else refitted, as `prune` delivers it.
+
+    Weights of dead inputs stay as they are, and zeros that W came with stay zeros.
+    """
+    pruned = pruned | (W == 0)
     weights = refit_rows(W.double().masked_fill(damped.dead, 0.0), damped, pruned, budget_bytes).to(W.dtype)
     return torch.where(damped.dead & ~pruned, W, weights)
 
@@ -298,18 +307,21 @@ def settled(
     return Settled(pruned=units.mask(_unpacked(tensor("first"), each, width) <= level, rows, d))
 
 
-def _on_grid(kind: str, found: Quantized, pruned: Tensor | None) -> Made:
-    integers, grid = found.integers, found.grid
+def _on_grid(kind: str, W: Tensor, found: Quantized) -> Made:
+    grid = found.grid
+    zero_point = grid.at(torch.arange(W.shape[1], device=W.device))[1].to(torch.int32)
+    integers = torch.where(W == 0, zero_point, found.integers)
+    weights = grid.values(integers).to(W.dtype)
     tensors = {
         "integers": _fields(integers - grid.low, grid.bits),
         "scale": grid.scale.cpu().contiguous(),
         "zero_point": grid.zero_point.to(torch.int8).cpu().contiguous(),
     }
-    zeros = int((found.weights == 0).sum())
+    zeros = int((weights == 0).sum())
     # With many zeros a mask and the integers that are left are smaller than all integers.
     sparse = bytes_of(integers.numel(), 1) + bytes_of(integers.numel() - zeros, grid.bits)
     size = min(sparse, tensors["integers"].nbytes) + tensors["scale"].nbytes + tensors["zero_point"].nbytes
-    return Made(kind, None, grid.bits, None, found.weights, zeros, size, found.solver, tensors, found.notes)
+    return Made(kind, None, grid.bits, None, weights, zeros, size, found.solver, tensors, found.notes)
 
 
 def _size(weights: Tensor, pattern: Pattern) -> int:
