@@ -29,6 +29,8 @@ __all__ = [
     "ParityError",
     "RecipeError",
     "StageError",
+    "check_whole",
+    "check_word",
     "nearest",
     "require",
 ]
@@ -143,3 +145,17 @@ def nearest(wrong: str, known: Iterable[str], n: int = 3) -> list[str]:
     ['sparsity']
     """
     return difflib.get_close_matches(wrong, list(known), n=n, cutoff=0.3)
+
+
+def check_word(me: str, option: str, value: object, known: Iterable[str]) -> None:
+    """Raises `OptionError` with the nearest of the known words."""
+    known = tuple(known)
+    if value not in known:
+        close = ", ".join(nearest(str(value), known)) or known[0]
+        raise OptionError(f"{me}: {option} {value!r} is none of {', '.join(known)}. Nearest: {close}.")
+
+
+def check_whole(me: str, option: str, value: object, least: int = 0) -> None:
+    """Raises `OptionError` for what is not a whole number from `least` on."""
+    if not isinstance(value, int) or isinstance(value, bool) or value < least:
+        raise OptionError(f"{me}: {option} must be a whole number from {least} on; got {value!r}.")

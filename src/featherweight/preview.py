@@ -19,10 +19,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from featherweight.layers import tensors_and_ties
+from featherweight.layers import Selected, refuse_nothing, tensors_and_ties
 from featherweight.measure import count
-from featherweight.prune import GradualPruning, Selected
-from featherweight.prune.selection import refuse_nothing
+from featherweight.prune import GradualPruning
 from featherweight.recipe import Recipe, to_dict
 from featherweight.state import random_state, set_random_state
 from featherweight.task import Stage, Task, batches
@@ -60,7 +59,7 @@ def inspect(model: nn.Module, example_inputs: tuple[Any, ...] | None = None, met
     return {
         "model": type(model).__name__,
         **totals,
-        "pruned": sum(line.action == "pruned" for line in chosen),
+        "pruned": sum(line.action != "kept" for line in chosen),
         "of": len(chosen),
         "layers": [_layer(row, chosen) for row in rows],
     }
@@ -176,7 +175,7 @@ def _matches(method: Any, task: Task) -> Iterator[dict[str, Any]]:
         refuse_nothing(chosen)
         yield {
             "method": to_dict(method)["method"],
-            "pruned": sum(line.action == "pruned" for line in chosen),
+            "pruned": sum(line.action != "kept" for line in chosen),
             "of": len(chosen),
             "selection": [dataclasses.asdict(line) for line in chosen],
         }

@@ -1,18 +1,26 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Layers as matrices: which tensors of a model are weights, how each reads as rows x columns, and in which order they run."""
+"""Layers as matrices: which tensors of a model are weights, how each reads as rows x columns, the problems that they pose on data."""
 
-from featherweight.layers.kept import RULES, is_named, keep_by_name, keep_by_rule, names_of
+from featherweight.layers.kept import RULES, Selected, is_named, keep_by_name, keep_by_rule, names_of, refuse_nothing
 from featherweight.layers.order import call_order
+from featherweight.layers.problems import Problem, problems, split
 from featherweight.layers.select import matches, select
+from featherweight.layers.statistics import Statistics, bytes_of, call_steps, collect, passes
 from featherweight.layers.tensors import fill, tensors_and_ties
 from featherweight.layers.weights import Weight, from_matrix, to_matrix, weights
 from featherweight.layers.zeros import Zeros, existing_zeros, unwrap
 
 __all__ = [
     "RULES",
+    "Problem",
+    "Selected",
+    "Statistics",
     "Weight",
     "Zeros",
+    "bytes_of",
     "call_order",
+    "call_steps",
+    "collect",
     "existing_zeros",
     "fill",
     "from_matrix",
@@ -21,7 +29,11 @@ __all__ = [
     "keep_by_rule",
     "matches",
     "names_of",
+    "passes",
+    "problems",
+    "refuse_nothing",
     "select",
+    "split",
     "tensors_and_ties",
     "to_matrix",
     "unwrap",

@@ -3,20 +3,37 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from torch import nn
 
-from featherweight.errors import DataError
+from featherweight.errors import DataError, NothingToCompress
 from featherweight.layers.order import call_order
 from featherweight.layers.select import matches
 from featherweight.layers.weights import Weight
 from featherweight.task import describe
 
-__all__ = ["RULES", "is_named", "keep_by_name", "keep_by_rule", "names_of"]
+__all__ = ["RULES", "Selected", "is_named", "keep_by_name", "keep_by_rule", "names_of", "refuse_nothing"]
 
 RULES = ("first", "depthwise", "output")
+
+
+@dataclasses.dataclass(frozen=True)
+class Selected:
+    """One weight of the model: what becomes of it (`pruned`, `quantized`..., or `kept`), to which sparsity, and why.
+
+    With `ranking="global"` the sparsity is that of all pruned layers together.
+    """
+
+    name: str
+    kind: str
+    shape: tuple[int, ...]
+    parameters: int
+    action: str
+    sparsity: float
+    reason: str
 
 
 def names_of(weight: Weight) -> tuple[str, ...]:
@@ -86,6 +103,17 @@ def keep_by_rule(
         elif "output" in rules and max(seen, default=-1) in own:
             what = "last in definition order" if unsure else "output layer"
             kept[weight.name] = f"{what}{hint}; dense=() prunes it too"
+
+
+def refuse_nothing(selected: Sequence[Selected], what: str = "prune") -> None:
+    """Raises `NothingToCompress`, with the reasons, where every weight is kept."""
+    if any(line.action != "kept" for line in selected):
+        return
+    if not selected:
+        raise NothingToCompress(f"Nothing to {what}: the model has no weights (parameters of two axes or more).")
+    shown = "; ".join(f"{line.name}: {line.reason}" for line in selected[:5])
+    more = f"; and {len(selected) - 5} more" if len(selected) > 5 else ""
+    raise NothingToCompress(f"Nothing to {what}: all {len(selected)} weights are kept. {shown}{more}.")
 
 
 def _order(

@@ -13,11 +13,12 @@ from typing import Any
 import torch
 from torch import nn
 
-from featherweight.errors import OptionError
-from featherweight.prune.options import PruningOptions, check_whole, check_word
+from featherweight.errors import OptionError, check_whole, check_word
+from featherweight.layers import Selected
+from featherweight.prune.options import PruningOptions
 from featherweight.prune.pruner import Pruner
 from featherweight.prune.schedule import SCHEDULES
-from featherweight.prune.selection import Selected, choose_layers
+from featherweight.prune.selection import choose_layers
 
 __all__ = ["GradualPruning"]
 

@@ -11,13 +11,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from featherweight.errors import NumericalError, OptionError
-from featherweight.layers import Weight, existing_zeros
+from featherweight.errors import NumericalError, OptionError, check_whole, check_word
+from featherweight.layers import Selected, Weight, existing_zeros, refuse_nothing
 from featherweight.plan import Plan
 from featherweight.prune.importance import GRADIENT_BASED, add_gradient
 from featherweight.prune.masks import check_reach, choose_masks, held_shares, involved, plan_of, refuse_not_finite
-from featherweight.prune.options import PruningOptions, check_whole, check_word
-from featherweight.prune.selection import Selected, Target, choose_layers, refuse_nothing
+from featherweight.prune.options import PruningOptions
+from featherweight.prune.selection import Target, choose_layers
 from featherweight.task import Stage, Task, batches
 
 __all__ = ["Prune"]

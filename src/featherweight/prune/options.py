@@ -7,12 +7,12 @@ import dataclasses
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, TypeGuard
 
-from featherweight.errors import OptionError, nearest
+from featherweight.errors import OptionError, check_whole, check_word
 from featherweight.layers import RULES
 from featherweight.patterns import Pattern, parse_pattern
 from featherweight.prune.importance import IMPORTANCES, Importance
 
-__all__ = ["PruningOptions", "check_whole", "check_word"]
+__all__ = ["PruningOptions"]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -70,20 +70,6 @@ class PruningOptions:
     def parsed(self) -> Pattern:
         """The pattern as data."""
         return parse_pattern(self.pattern)
-
-
-def check_word(me: str, option: str, value: object, known: Iterable[str]) -> None:
-    """Raises `OptionError` with the nearest of the known words."""
-    known = tuple(known)
-    if value not in known:
-        close = ", ".join(nearest(str(value), known)) or known[0]
-        raise OptionError(f"{me}: {option} {value!r} is none of {', '.join(known)}. Nearest: {close}.")
-
-
-def check_whole(me: str, option: str, value: object, least: int = 0) -> None:
-    """Raises `OptionError` for what is not a whole number from `least` on."""
-    if not isinstance(value, int) or isinstance(value, bool) or value < least:
-        raise OptionError(f"{me}: {option} must be a whole number from {least} on; got {value!r}.")
 
 
 def _strings(me: str, option: str, value: Any) -> tuple[str, ...]:

@@ -15,7 +15,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from featherweight.errors import NumericalError, OptionError
-from featherweight.layers import Zeros, existing_zeros
+from featherweight.layers import Selected, Zeros, existing_zeros, refuse_nothing
 from featherweight.plan import Plan
 from featherweight.prune.importance import GRADIENT_BASED, add_gradient
 from featherweight.prune.masks import (
@@ -28,7 +28,7 @@ from featherweight.prune.masks import (
     refuse_not_finite,
 )
 from featherweight.prune.schedule import sparsity_at, updates_at
-from featherweight.prune.selection import Selected, choose_layers, refuse_nothing
+from featherweight.prune.selection import choose_layers
 from featherweight.task import describe
 
 if TYPE_CHECKING:

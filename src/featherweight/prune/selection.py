@@ -10,30 +10,24 @@ from typing import Any
 import torch
 from torch import nn
 
-from featherweight.errors import NothingToCompress, OptionError
-from featherweight.layers import Weight, is_named, keep_by_name, keep_by_rule, names_of, select, unwrap, weights
+from featherweight.errors import OptionError
+from featherweight.layers import (
+    Selected,
+    Weight,
+    is_named,
+    keep_by_name,
+    keep_by_rule,
+    names_of,
+    select,
+    unwrap,
+    weights,
+)
 from featherweight.prune.chains import given_chains, traced_chains
 from featherweight.prune.importance import GRADIENT_BASED
 from featherweight.prune.options import PruningOptions
 from featherweight.prune.units import misfit, rows, to_units
 
-__all__ = ["Selected", "Target", "choose_layers", "refuse_nothing"]
-
-
-@dataclasses.dataclass(frozen=True)
-class Selected:
-    """One weight of the model: whether it is `pruned` or `kept`, to which sparsity, and why.
-
-    With `ranking="global"` the sparsity is that of all pruned layers together.
-    """
-
-    name: str
-    kind: str
-    shape: tuple[int, ...]
-    parameters: int
-    action: str
-    sparsity: float
-    reason: str
+__all__ = ["Target", "choose_layers"]
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -84,17 +78,6 @@ def choose_layers(
             cap = 1.0 if (given := _last_match(weight, options.caps)) is None else given
             targets.append(Target(weight, _target(weight, options), cap, pairs.get(weight.name)))
     return targets, tuple(_describe(model, found, left, options, kept, {t.weight.name: t for t in targets}))
-
-
-def refuse_nothing(selected: Sequence[Selected]) -> None:
-    """Raises `NothingToCompress`, with the reasons, where no weight is pruned."""
-    if any(line.action == "pruned" for line in selected):
-        return
-    if not selected:
-        raise NothingToCompress("Nothing to prune: the model has no weights (parameters of two axes or more).")
-    shown = "; ".join(f"{line.name}: {line.reason}" for line in selected[:5])
-    more = f"; and {len(selected) - 5} more" if len(selected) > 5 else ""
-    raise NothingToCompress(f"Nothing to prune: all {len(selected)} weights are kept. {shown}{more}.")
 
 
 def _last_match(weight: Weight, shares: float | Mapping[str, float] | None) -> float | None:
