@@ -16,8 +16,8 @@ from torch.nn.utils import parametrize
 
 __all__ = ["Weight", "from_matrix", "to_matrix", "weights"]
 
-_CONV = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
-_TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+CONV = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 _RECURRENT = (nn.RNNBase, nn.RNNCellBase)
 _EMBEDDING = (nn.Embedding, nn.EmbeddingBag)
 
@@ -26,8 +26,8 @@ _EMBEDDING = (nn.Embedding, nn.EmbeddingBag)
 class Weight:
     """One weight tensor by its canonical name (the first of its names in the model), once however often it is tied.
 
-    `kind` is linear, conv, transposed conv, embedding, recurrent, attention or bare (a parameter that a module of an
-    unknown type holds itself). `groups` is the number of conv groups. `aliases` are its other names.
+    `kind` is linear, transposed linear (stored in x out), conv, transposed conv, embedding, recurrent, attention or bare
+    (a parameter that a module of an unknown type holds itself). `groups` is the number of conv groups. `aliases` are its other names.
     """
 
     name: str
@@ -50,7 +50,7 @@ class Weight:
     def columns_per_tap(self) -> int:
         """Input channels that one row sees at one kernel position: the length along which N:M and tiles run."""
         shape = self.parameter.shape
-        if self.kind == "transposed conv":
+        if self.kind in ("transposed conv", "transposed linear"):
             return shape[0] // self.groups
         return shape[1] if len(shape) > 1 else 1
 
@@ -95,19 +95,29 @@ def weights(model: nn.Module) -> tuple[list[Weight], dict[str, str]]:
                 left[name] = f"its values are {str(parameter.dtype).removeprefix('torch.')}, not real numbers"
             else:
                 kind = _kind(module, leaf)
-                groups = module.groups if isinstance(module, (*_CONV, *_TRANSPOSED)) else 1
+                groups = module.groups if isinstance(module, (*CONV, *TRANSPOSED)) else 1
                 aliases = tuple(other for other in names[id(parameter)] if other != name)
                 found[id(parameter)] = Weight(name, layer, module, kind, groups, aliases)
     return list(found.values()), left
 
 
+def is_conv1d(module: nn.Module) -> bool:
+    """Whether a module is transformers' Conv1D, known by its looks: x @ weight + bias, the weight being (in, out)."""
+    weight, out = getattr(module, "weight", None), getattr(module, "nf", None)
+    return (
+        type(module).__name__ == "Conv1D" and isinstance(weight, Tensor) and weight.ndim == 2 and weight.shape[1] == out
+    )
+
+
 def _kind(module: nn.Module, leaf: str) -> str:
-    if isinstance(module, _CONV) and leaf == "weight":
+    if isinstance(module, CONV) and leaf == "weight":
         return "conv"
-    if isinstance(module, _TRANSPOSED) and leaf == "weight":
+    if isinstance(module, TRANSPOSED) and leaf == "weight":
         return "transposed conv"
     if isinstance(module, nn.Linear) and leaf == "weight":
         return "linear"
+    if is_conv1d(module) and leaf == "weight":
+        return "transposed linear"
     if isinstance(module, _EMBEDDING) and leaf == "weight":
         return "embedding"
     if isinstance(module, _RECURRENT) and leaf.startswith("weight_"):
@@ -138,13 +148,16 @@ def _reshape(weight: Weight) -> tuple[Callable[[Tensor], Tensor], Callable[[Tens
             lambda t: t.reshape(split).permute(axes).reshape(groups * shape[1], -1),
             lambda m: m.reshape(moved).permute(back).reshape(shape).contiguous(),
         )
+    if weight.kind == "transposed linear":
+        return lambda t: t.T, lambda m: m.T.contiguous()
     return lambda t: t.reshape(shape[0], -1), lambda m: m.reshape(shape)
 
 
 def to_matrix(weight: Weight, tensor: Tensor) -> Tensor:
     """A tensor of the weight's shape (its values, scores, a mask) as rows x columns.
 
-    Conv: (out, in/groups, *k) -> (out, k... x in/groups). Transposed conv likewise, its rows being outputs too.
+    Conv: (out, in/groups, *k) -> (out, k... x in/groups). Transposed conv and transposed linear
+    likewise, their rows being outputs too.
     Linear, recurrent and attention as stored; an embedding's rows are its entries. May share memory with `tensor`.
     """
     return _reshape(weight)[0](tensor)

@@ -114,7 +114,7 @@ def plan_of(targets: Sequence[Target], pattern: Pattern) -> Plan:
         weight = target.weight
         groups = to_units(weight, pattern, weight.parameter.detach() != 0).view(-1, pattern.m)
         if int(groups.sum(1).max()) <= pattern.n:
-            axis = 0 if weight.kind == "transposed conv" else 1
+            axis = 0 if weight.kind.startswith("transposed") else 1
             formats[weight.name] = f"nm:{pattern.n}:{pattern.m}:{axis}"
     return Plan(formats=formats)
 

@@ -19,7 +19,7 @@ __all__ = ["from_units", "misfit", "rows", "to_units"]
 def rows(weight: Weight) -> int:
     """Outputs of a layer: the rows of its matrix."""
     shape = weight.parameter.shape
-    return shape[1] * weight.groups if weight.kind == "transposed conv" else shape[0]
+    return shape[1] * weight.groups if weight.kind.startswith("transposed") else shape[0]
 
 
 def misfit(weight: Weight, pattern: Pattern) -> str | None:

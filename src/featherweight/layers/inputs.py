@@ -1,0 +1,219 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What each weight of a layer reads in one call: its input as x, so that the layer is a linear map or a plain convolution of x.
+
+Padding of every mode is carried out, a transposed convolution's zeros are inserted, an attention's context and a
+recurrent layer's hidden states are computed with the module's own arithmetic. What remains is one form for all kinds:
+a kernel (none for a linear map) that slides over x, whose patches are the columns of the weight's matrix. Patches are
+made a few at a time and never held whole: a 3 x 3 convolution's are nine times its input.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+from collections.abc import Collection, Iterator, Sequence
+from math import prod
+from typing import Any, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+__all__ = ["Call", "Input", "attention", "conv", "linear", "lookup", "transposed", "wide"]
+
+_CONVOLVE = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Call:
+    """One call of a module as its forward hook sees it, and the batch's mask of real tokens (B, T), if it has one."""
+
+    module: nn.Module
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    output: Any
+    mask: Tensor | None = None
+
+    def argument(self, position: int, name: str) -> Any:
+        """An argument by position or by name; an only keyword argument counts under any name."""
+        if position < len(self.args):
+            return self.args[position]
+        if name not in self.kwargs and position == 0 and len(self.kwargs) == 1:
+            return next(iter(self.kwargs.values()))
+        return self.kwargs.get(name)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Input:
+    """What one weight read in one call: x is (tokens, channels), or (n, channels, *space) under a kernel.
+
+    `origin` is the tensor that was read and `view` all that turned it into x: where both agree, so do the patches.
+    `step` joins what is solved together though it reads different tensors (a recurrent layer's two weights).
+    """
+
+    x: Tensor
+    origin: Tensor
+    view: tuple[Any, ...] = ()
+    step: str | None = None
+    kernel: tuple[int, ...] = ()
+    stride: tuple[int, ...] = ()
+    dilation: tuple[int, ...] = ()
+    groups: int = 1
+    flipped: bool = False
+
+    @property
+    def positions(self) -> tuple[int, ...]:
+        """Where the kernel comes to stand, by axis."""
+        spans = [d * (k - 1) + 1 for k, d in zip(self.kernel, self.dilation, strict=True)]
+        return tuple((size - span) // s + 1 for size, span, s in zip(self.x.shape[2:], spans, self.stride, strict=True))
+
+    @property
+    def tokens(self) -> int:
+        return self.x.shape[0] * prod(self.positions)
+
+    def patches(self, groups: Sequence[int], channels: slice | None, most: int) -> Iterator[Tensor]:
+        """The columns that some conv groups read, as (groups, tokens, d) in chunks of about `most` numbers each.
+
+        `channels` are those of each group's input channels that are wanted; channels run fastest along d, as in
+        `to_matrix`. Chunks follow one another in the order of the rows of `outputs`.
+        """
+        x = self.x.reshape(len(self.x), self.groups, -1, *self.x.shape[2:])
+        if len(groups) < self.groups:
+            x = x[:, list(groups)]
+        x = x[:, :, channels or slice(None)].movedim(0, 1).movedim(2, -1).contiguous()
+        axes = len(self.kernel)
+        over, moves = x.stride()[2 : 2 + axes], list(zip(self.stride, self.dilation, strict=True))
+        windows = x.as_strided(
+            (*x.shape[:2], *self.positions, *self.kernel, x.shape[-1]),
+            (
+                *x.stride()[:2],
+                *(length * move[0] for length, move in zip(over, moves, strict=True)),
+                *(length * move[1] for length, move in zip(over, moves, strict=True)),
+                x.stride(-1),
+            ),
+        )
+        d = prod(self.kernel) * x.shape[-1]
+        for part in _parts(windows, 1 + axes, most):
+            if self.flipped:
+                part = part.flip(tuple(range(part.ndim - 1 - axes, part.ndim - 1)))
+            yield part.reshape(len(groups), -1, d)
+
+    def outputs(self, matrix: Tensor) -> Tensor:
+        """What a matrix (rows of all groups, d) answers, bias apart: (groups, tokens, rows of one group)."""
+        if not self.kernel:
+            return F.linear(self.x, matrix)[None]
+        axes = len(self.kernel)
+        weight = matrix.reshape(len(matrix), *self.kernel, -1)
+        if self.flipped:
+            weight = weight.flip(tuple(range(1, 1 + axes)))
+        y = _CONVOLVE[axes](self.x, weight.movedim(-1, 1), None, self.stride, 0, self.dilation, self.groups)
+        y = y.reshape(len(y), self.groups, -1, *self.positions).movedim(0, 1).movedim(2, -1)
+        return y.reshape(self.groups, self.tokens, -1)
+
+
+def _parts(windows: Tensor, free: int, most: int) -> Iterator[Tensor]:
+    """Slices along the `free` axes after the first, in order, of at most `most` numbers or one position each."""
+    each = windows[:, :1].numel()
+    if each <= most or free == 1:
+        yield from torch.split(windows, max(1, most // max(1, each)), dim=1)
+        return
+    for i in range(windows.shape[1]):
+        yield from _parts(windows[:, i], free - 1, most)
+
+
+def wide(x: Tensor) -> Tensor:
+    """Half precision and the like as float32; float64 as it is."""
+    return x.detach() if x.dtype == torch.float64 else x.detach().float()
+
+
+def _masked(x: Tensor, mask: Tensor | None) -> Tensor:
+    """The real tokens of x (B, T, ...), if the mask is of its (B, T); otherwise x as it is."""
+    return x if mask is None or x.shape[:2] != mask.shape else x[mask.to(x.device)]
+
+
+def _tokens(x: Tensor, mask: Tensor | None, **more: Any) -> Input:
+    """Input of a linear map from a tensor whose last axis is channels; masked tokens of (B, T, channels) are left out."""
+    if x.ndim < 3:
+        mask = None
+    flat = _masked(x, mask).reshape(-1, x.shape[-1])
+    return Input(wide(flat), x, ("tokens", mask is not None), **more)
+
+
+def linear(call: Call) -> dict[str, list[Input]]:
+    return {"weight": [_tokens(call.argument(0, "input"), call.mask)]}
+
+
+def lookup(call: Call) -> dict[str, list[Input]]:
+    """The rows that an embedding was asked for, (tokens, 1)."""
+    rows = call.argument(0, "input")
+    return {"weight": [Input(_masked(rows, call.mask).reshape(-1, 1), rows)]}
+
+
+def conv(call: Call) -> dict[str, list[Input]]:
+    module = cast(nn.Conv2d, call.module)
+    origin = call.argument(0, "input")
+    kernel, stride, dilation = tuple(module.kernel_size), tuple(module.stride), tuple(module.dilation)
+    x = wide(origin if origin.ndim == len(kernel) + 2 else origin[None])
+    sides = _padding(module)
+    if any(sides):
+        # F.pad names sides from the last axis to the first.
+        ordered = [side for axis in range(len(kernel) - 1, -1, -1) for side in sides[2 * axis : 2 * axis + 2]]
+        x = F.pad(x, ordered, "constant" if module.padding_mode == "zeros" else module.padding_mode)
+    view = ("conv", sides, module.padding_mode, kernel, stride, dilation, module.groups)
+    return {"weight": [Input(x, origin, view, None, kernel, stride, dilation, module.groups)]}
+
+
+def _padding(module: nn.Conv2d) -> tuple[int, ...]:
+    """Cells before and after, axis by axis."""
+    if not isinstance(module.padding, str):
+        return tuple(side for cells in module.padding for side in (cells, cells))
+    if module.padding == "valid":
+        return (0, 0) * len(module.kernel_size)
+    total = [d * (k - 1) for d, k in zip(module.dilation, module.kernel_size, strict=True)]
+    return tuple(side for cells in total for side in (cells // 2, cells - cells // 2))
+
+
+def transposed(call: Call) -> dict[str, list[Input]]:
+    """y is a plain convolution, of stride 1 and with the taps reversed, of x with stride - 1 zeros between its cells."""
+    module = cast(nn.ConvTranspose2d, call.module)
+    origin, axes = call.argument(0, "input"), len(module.kernel_size)
+    x = wide(origin if origin.ndim == axes + 2 else origin[None])
+    kernel, dilation = tuple(module.kernel_size), tuple(module.dilation)
+    sizes = [(size - 1) * step + 1 for size, step in zip(x.shape[2:], module.stride, strict=True)]
+    spread = x.new_zeros(*x.shape[:2], *sizes)
+    cells = (slice(None), slice(None), *(slice(None, None, step) for step in module.stride))
+    spread[cells] = x
+    sides: list[int] = []
+    out = tuple(call.output.shape[-axes:])  # says what output_padding or output_size came to
+    for axis in reversed(range(axes)):
+        reach = dilation[axis] * (kernel[axis] - 1)
+        before = reach - cast(int, module.padding[axis])
+        sides += [before, out[axis] + reach - before - sizes[axis]]
+    view = ("transposed", tuple(sides), tuple(module.stride), kernel, dilation, module.groups)
+    return {
+        "weight": [Input(F.pad(spread, sides), origin, view, None, kernel, (1,) * axes, dilation, module.groups, True)]
+    }
+
+
+def attention(call: Call, leaves: Collection[str]) -> dict[str, list[Input]]:
+    module = cast(nn.MultiheadAttention, call.module)
+    mask = call.mask if module.batch_first else None
+    read = [
+        _tokens(call.argument(i, name), mask, step="projections") for i, name in enumerate(("query", "key", "value"))
+    ]
+    found = {"in_proj_weight": read}
+    found |= {f"{letter}_proj_weight": [one] for letter, one in zip("qkv", read, strict=True)}
+    if "out_proj.weight" in leaves:
+        found["out_proj.weight"] = [_tokens(_context(module, call), mask)]
+    return found
+
+
+def _context(module: nn.MultiheadAttention, call: Call) -> Tensor:
+    """What the heads answer before the output projection: the module run again with the identity in its place."""
+    weight = module.out_proj.weight
+    identity = nn.Linear(module.embed_dim, module.embed_dim, device="meta")
+    identity.weight = nn.Parameter(torch.eye(module.embed_dim, dtype=weight.dtype, device=weight.device), False)
+    identity.bias = nn.Parameter(weight.new_zeros(module.embed_dim), False)
+    twin = copy.copy(module)  # shares all but the children; its own forward runs no hooks
+    twin._modules = {**module._modules, "out_proj": identity}
+    return twin.forward(*call.args, **call.kwargs)[0]
