@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from benchmarks.reconstruct.subjects import crepe, minilm, resnet
+from benchmarks.reconstruct.subjects import crepe, minilm, resnet, silero
 from benchmarks.reconstruct.subjects.subject import Subject, difference
 
 __all__ = ["SUBJECTS", "Subject", "difference"]
@@ -14,5 +14,6 @@ SUBJECTS: dict[str, Callable[[], Subject]] = {
     "crepe_tiny": crepe.tiny,
     "crepe_full": crepe.full,
     "minilm": minilm.subject,
+    "silero": silero.subject,
     "resnet": resnet.subject,
 }
