@@ -19,9 +19,10 @@ from torch.nn.parameter import is_lazy
 from featherweight.correct.keep import Moved
 from featherweight.correct.outputs import Forward, check_batches
 from featherweight.correct.surroundings import evaluation, undone_on_error
-from featherweight.correct.walk import Call, Moments, Site
+from featherweight.correct.walk import Moments, Site, tokens
 from featherweight.errors import NumericalError
 from featherweight.layers import unwrap
+from featherweight.layers.inputs import Call
 
 __all__ = ["batch_norm_site", "reestimate_batch_norm", "running_statistics", "tracked_norms"]
 
@@ -84,7 +85,7 @@ def batch_norm_site(name: str) -> Site:
     """The same in a walk over layers: statistics of the inputs, all earlier layers being as they will be."""
 
     def read(call: Call) -> dict[str, Tensor]:
-        return {"input": call.argument(0, "input").movedim(1, -1)}
+        return {"input": tokens(call.argument(0, "input").movedim(1, -1))}
 
     def fold(norm: nn.Module, dense: nn.Module, mine: Any, target: Any) -> Sequence[str] | str:
         if mine["input"].count < 2:
@@ -103,8 +104,7 @@ def _measure(
 
     def hook(name: str) -> Callable[..., None]:
         def look(norm: _BatchNorm, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            values = Call(norm, args, kwargs, None).argument(0, "input").movedim(1, -1)
-            values = values.reshape(-1, values.shape[-1])
+            values = tokens(Call(norm, args, kwargs, None).argument(0, "input").movedim(1, -1))
             found[name].add(values)
             if not by_batch:
                 return

@@ -19,13 +19,13 @@ from featherweight.correct.keep import Moved
 from featherweight.correct.outputs import Forward
 from featherweight.correct.recurrent import recurrent_sites
 from featherweight.correct.surroundings import canonical, undone_on_error
-from featherweight.correct.walk import Call, Measured, Site, walk
+from featherweight.correct.walk import Measured, Site, tokens, walk
 from featherweight.correct.zeros import put, standing_zeros
-from featherweight.layers import unwrap
+from featherweight.layers import inputs, unwrap
+from featherweight.layers.inputs import Call
+from featherweight.layers.weights import CONV, TRANSPOSED, is_conv1d
 
 __all__ = ["correct_bias"]
-
-_CONV = nn.modules.conv._ConvNd
 
 
 def correct_bias(
@@ -100,9 +100,9 @@ def _sites(model: nn.Module, held: dict[int, Tensor]) -> Iterator[tuple[Site, li
         own: list[Tensor] = [] if bias is None else [bias]
         if id(module) in inside:  # never called: its attention reads its weight
             continue
-        if isinstance(module, nn.Linear):
-            yield _output_site(name, module, lambda call: call.output, held), own
-        elif isinstance(module, _CONV):
+        if isinstance(module, nn.Linear) or is_conv1d(module):
+            yield _output_site(name, module, lambda call: tokens(call.output, call.mask), held), own
+        elif isinstance(module, CONV + TRANSPOSED):
             yield _output_site(name, module, _channels_last(len(module.kernel_size)), held), own
         elif isinstance(module, nn.MultiheadAttention):
             yield from _attention_sites(name, module, held)
@@ -112,21 +112,17 @@ def _sites(model: nn.Module, held: dict[int, Tensor]) -> Iterator[tuple[Site, li
 
 def _channels_last(axes: int) -> Callable[[Call], Tensor]:
     """Reads a convolution's outputs; those of an unbatched input have their channels first."""
-
-    def read(call: Call) -> Tensor:
-        output: Tensor = call.output
-        return output.movedim(-1 - axes, -1)
-
-    return read
+    return lambda call: tokens(call.output.movedim(-1 - axes, -1))
 
 
 def _output_site(name: str, layer: nn.Module, read: Callable[[Call], Tensor], held: dict[int, Tensor]) -> Site:
+    where = f"{name}.out_proj".lstrip(".") if isinstance(layer, nn.MultiheadAttention) else name
+
     def fold(module: nn.Module, dense: nn.Module, mine: Measured, target: Measured) -> list[str]:
         inner = module.out_proj if isinstance(module, nn.MultiheadAttention) else module
         _shift(inner.bias, target["output"].mean - mine["output"].mean.to(target["output"].mean.device), held)
         return [f"{where}.bias".lstrip(".")]
 
-    where = f"{name}.out_proj".lstrip(".") if isinstance(layer, nn.MultiheadAttention) else name
     return Site(where, name, lambda call: {"output": read(call)}, fold)
 
 
@@ -139,21 +135,20 @@ def _attention_sites(
 ) -> Iterator[tuple[Site, list[Tensor]]]:
     """First the projections of queries, keys and values, then, that done, the output projection."""
 
-    def items_first(tensor: Tensor) -> Tensor:
-        return tensor.transpose(0, 1) if tensor.ndim == 3 and not attention.batch_first else tensor
-
     def read(call: Call) -> dict[str, Tensor]:
-        return {part: items_first(call.argument(i, part)) for i, part in enumerate(("query", "key", "value"))}
+        found = inputs.attention(call, {"in_proj_weight"})["in_proj_weight"]
+        return {part: one.x for part, one in zip("qkv", found, strict=True)}
+
+    def read_output(call: Call) -> Tensor:
+        return tokens(call.output[0], call.mask if attention.batch_first else None)
 
     def fold(module: nn.Module, dense: nn.Module, mine: Measured, target: Measured) -> list[str]:
         _shift(module.in_proj_bias, _projected(dense, target) - _projected(module, mine), held)
         return [f"{name}.in_proj_bias".lstrip(".")]
 
-    bias = attention.in_proj_bias
+    bias, last = attention.in_proj_bias, attention.out_proj.bias
     yield Site(f"{name}.in_proj".lstrip("."), name, read, fold), [] if bias is None else [bias]
-    bias = attention.out_proj.bias
-    site = _output_site(name, attention, lambda call: items_first(call.output[0]), held)
-    yield site, [] if bias is None else [bias]
+    yield _output_site(name, attention, read_output, held), [] if last is None else [last]
 
 
 def _projected(module: Any, inputs: Measured) -> Tensor:

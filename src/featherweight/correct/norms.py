@@ -20,9 +20,10 @@ from torch.nn.parameter import is_lazy
 from featherweight.correct.keep import Moved
 from featherweight.correct.outputs import Forward
 from featherweight.correct.surroundings import canonical, undone_on_error
-from featherweight.correct.walk import Call, Measured, Moments, Site, walk
+from featherweight.correct.walk import Measured, Moments, Site, tokens, walk
 from featherweight.correct.zeros import put, standing_zeros
 from featherweight.layers import unwrap
+from featherweight.layers.inputs import Call
 
 __all__ = ["affine_norms", "match_moments"]
 
@@ -108,7 +109,8 @@ def _site(name: str, held: dict[int, Tensor]) -> Site:
         if found is None or weight is None:
             return "its output is not weight · normalized input + bias"
         output: Tensor = call.output
-        return {"output": output.flatten(-weight.ndim) if weight.ndim > 1 else output.movedim(found.axis, -1)}
+        last = output.flatten(-weight.ndim) if weight.ndim > 1 else output.movedim(found.axis, -1)
+        return {"output": tokens(last, call.mask if found.axis == -1 else None)}
 
     def fold(module: nn.Module, dense: nn.Module, mine: Measured, target: Measured) -> Sequence[str] | str:
         found = affine[name]

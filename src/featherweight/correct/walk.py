@@ -20,10 +20,10 @@ from featherweight.correct.outputs import Forward, attention_mask, check_batches
 from featherweight.correct.surroundings import evaluation
 from featherweight.errors import NumericalError
 from featherweight.layers import unwrap
+from featherweight.layers.inputs import Call
 
-__all__ = ["Call", "Moments", "Report", "Site", "walk"]
+__all__ = ["Measured", "Moments", "Site", "tokens", "walk"]
 
-Report = Callable[[dict[str, Any]], None]
 _CHUNK = 1 << 22  # values that are held in float64 at a time
 
 
@@ -65,20 +65,6 @@ class Moments:
         return bool(self.mean.isfinite().all() and self._squares.isfinite().all())
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
-class Call:
-    """One call of a module, as a forward hook sees it."""
-
-    module: nn.Module
-    args: tuple[Any, ...]
-    kwargs: Mapping[str, Any]
-    output: Any
-
-    def argument(self, position: int, name: str) -> Any:
-        """The argument as it was given, by position or by name; None where it was not."""
-        return self.args[position] if position < len(self.args) else self.kwargs.get(name)
-
-
 Measured = Mapping[str, Moments]
 
 
@@ -86,14 +72,20 @@ Measured = Mapping[str, Moments]
 class Site:
     """Where one correction happens: `name` for reports, the layer whose calls are read, and what is done about them.
 
-    `read` gives tensors by part, channels last (items, positions..., channels), or why it cannot. `fold` is called with the compressed
-    layer, the reference's, and the moments of both by part; it returns the names of what it set, or a reason.
+    `read` gives what counts by part, each (tokens, channels), or says why it cannot. `fold` is called with the layer of
+    the compressed model, the reference's, and the moments of both by part; it returns the names of what it set, or why
+    it set nothing.
     """
 
     name: str
     layer: str
     read: Callable[[Call], Mapping[str, Tensor] | str]
     fold: Callable[[nn.Module, nn.Module, Measured, Measured], Sequence[str] | str]
+
+
+def tokens(values: Tensor, mask: Tensor | None = None) -> Tensor:
+    """(..., channels) as (tokens, channels), without those that a mask (items, positions) marks as padding."""
+    return (valid(values, mask) if values.ndim > 2 else values).reshape(-1, values.shape[-1])
 
 
 class _Enough(BaseException):
@@ -218,7 +210,7 @@ def _measure(
     def hook(name: str) -> Callable[..., None]:
         def look(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
             nonlocal seen
-            call = Call(module, args, kwargs, output)
+            call = Call(module, args, kwargs, output, mask)
             for site in by_layer[name]:
                 parts = site.read(call)
                 if isinstance(parts, str):
@@ -226,9 +218,8 @@ def _measure(
                         order.unread[site.name] = parts
                     continue
                 for part, values in parts.items():
-                    values = valid(values, mask)
-                    if values.numel():
-                        found[site.name].setdefault(part, Moments()).add(values.reshape(-1, values.shape[-1]))
+                    if len(values):
+                        found[site.name].setdefault(part, Moments()).add(values)
             if order is not None:
                 order.note(name, call)
             seen += 1
