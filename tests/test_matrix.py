@@ -29,10 +29,11 @@ EXAMPLES: dict[str, Callable[[nn.Module], Any]] = {
     "factorize": lambda model: fw.Factorize(rank=2, layers=["mix" if hasattr(model, "words") else "head"]),
     "gradual_pruning": lambda model: fw.Train(steps=5, hooks=[GRADUAL]),
     "iterative": lambda model: fw.Iterative([fw.Prune(0.3, of="remaining", dense=())], {"sparsity": 0.2}, rounds=3),
+    "reconstruct": lambda model: fw.Reconstruct(0.5, samples=12),
     "prune": lambda model: fw.Prune(0.5, importance="gradient", dense=()),
     "train": lambda model: fw.Train(steps=3, optimizer="sgd", lr=0.01),
 }
-SPARSE = ("gradual_pruning", "iterative", "prune")
+SPARSE = ("gradual_pruning", "iterative", "prune", "reconstruct")
 
 
 def task_of(kind: str) -> fw.Task:
@@ -91,6 +92,11 @@ def test_method(method: str, kind: str, tmp_path: Path) -> None:
 
 PAIRS = [
     ("prune", "train"),
+    ("prune", "reconstruct"),
+    ("reconstruct", "train"),
+    ("reconstruct", "gradual_pruning"),
+    ("factorize", "reconstruct"),
+    ("apply", "reconstruct"),
     ("prune", "gradual_pruning"),
     ("gradual_pruning", "prune"),
     ("gradual_pruning", "iterative"),

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from featherweight.plan import Factor, FakeQuant, Plan, Slice, Swap, Tie
     from featherweight.prune import GradualPruning, Prune
     from featherweight.recipe import Recipe, load_recipe
+    from featherweight.reconstruct import Reconstruct
     from featherweight.run import Apply, Result, compress
     from featherweight.task import Stage, Task
     from featherweight.train import Train
@@ -35,6 +36,7 @@ __all__ = [
     "Plan",
     "Prune",
     "Recipe",
+    "Reconstruct",
     "Result",
     "Scorecard",
     "Slice",
@@ -64,6 +66,7 @@ _HOMES = {
     "plan": ("Factor", "FakeQuant", "Plan", "Slice", "Swap", "Tie"),
     "prune": ("GradualPruning", "Prune"),
     "recipe": ("Recipe", "load_recipe"),
+    "reconstruct": ("Reconstruct",),
     "task": ("Stage", "Task"),
     "train": ("Train",),
 }

@@ -51,6 +51,7 @@ class StageFacts:
     unmet: tuple[str, ...] = ()
     history: tuple[Mapping[str, Any], ...] = ()
     selection: tuple[Mapping[str, Any], ...] = ()
+    solved: tuple[Mapping[str, Any], ...] = ()
 
     def to_dict(self) -> dict[str, Any]:
         fields = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
@@ -58,7 +59,7 @@ class StageFacts:
 
     @staticmethod
     def from_dict(data: Mapping[str, Any]) -> StageFacts:
-        lists = {name: tuple(data[name]) for name in ("messages", "unmet", "history", "selection")}
+        lists = {name: tuple(data[name]) for name in ("messages", "unmet", "history", "selection", "solved")}
         return StageFacts(**{**data, **lists, "scorecard": Scorecard.from_dict(data["scorecard"])})
 
 

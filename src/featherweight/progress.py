@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, TextIO
 
 from rich.console import Console
@@ -55,10 +55,20 @@ def watch(progress: bool | None, stream: TextIO) -> Iterator[Callable[[dict[str,
 
 
 def _plain(event: dict[str, Any], stream: TextIO) -> None:
-    text = event.get("name") if event["kind"] == "stage" else event.get("text")
+    text = layer_line(event["layer"]) if event["kind"] == "layer" else event.get("text")
+    text = event.get("name") if event["kind"] == "stage" else text
     if text is not None:
         stream.write(f"{text}\n")
         stream.flush()
+
+
+def layer_line(layer: Mapping[str, Any]) -> str:
+    """One line of a walk's running table: how a layer was solved, how well, from how much, and at what cost."""
+    return (
+        f"{layer['name']}  {layer['rows']} x {layer['d']}  {layer['solver']}  error {layer['error']:.3g} "
+        f"(simple {layer['simple']:.3g})  {layer['samples']} samples, {layer['tokens']} tokens  "
+        f"damping {layer['damping']:.1g}  {layer['seconds']:.1f} s  {layer['peak_bytes'] / 1e9:.1f} GB"
+    )
 
 
 class _Bars:
@@ -78,6 +88,8 @@ class _Bars:
         elif kind == "record":
             facts = "  ".join(f"{key} {event[key]:.4g}" for key in _SHOWN if isinstance(event.get(key), float))
             self.bars.update(self.current, facts=facts)
+        elif kind == "layer":
+            self.bars.console.print(layer_line(event["layer"]), style="dim", markup=False, highlight=False)
         elif kind in ("message", "unmet"):
             self.bars.console.print(event["text"], style="dim", markup=False, highlight=False)
 

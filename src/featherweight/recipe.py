@@ -32,6 +32,7 @@ _BUILT_IN = {
     "gradual_pruning": "featherweight.prune:GradualPruning",
     "iterative": "featherweight.budget:Iterative",
     "prune": "featherweight.prune:Prune",
+    "reconstruct": "featherweight.reconstruct:Reconstruct",
     "train": "featherweight.train:Train",
 }
 _GROUP = "featherweight.methods"

@@ -216,6 +216,7 @@ class _Run:
         messages: list[str] = []
         unmet: list[str] = []
         selection: list[dict[str, Any]] = []
+        solved: list[dict[str, Any]] = []
 
         def report(event: dict[str, Any]) -> None:
             facts = {key: value for key, value in event.items() if key != "kind"}
@@ -223,6 +224,8 @@ class _Run:
                 history.append(facts)
             elif event["kind"] == "selection":
                 selection.append(facts["weight"])
+            elif event["kind"] == "layer":
+                solved.append(facts["layer"])
             elif event["kind"] in ("message", "unmet"):
                 (unmet if event["kind"] == "unmet" else messages).append(facts["text"])
             self.tell(event)
@@ -248,6 +251,7 @@ class _Run:
                 unmet=tuple(unmet),
                 history=tuple(history),
                 selection=tuple(selection),
+                solved=tuple(solved),
             )
         )
         if self.work is not None and self.main:

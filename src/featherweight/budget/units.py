@@ -3,13 +3,12 @@
 
 from __future__ import annotations
 
-import re
+import contextlib
 
 from featherweight.errors import OptionError
+from featherweight.sizes import parse_bytes, split_unit
 
 __all__ = ["allowed_drop", "limit_bytes"]
-
-_BYTES = {"B": 1, "kB": 10**3, "MB": 10**6, "GB": 10**9, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30}
 
 
 def limit_bytes(budget: str | int, whole: int) -> int:
@@ -20,13 +19,11 @@ def limit_bytes(budget: str | int, whole: int) -> int:
     >>> limit_bytes("30 %", whole=1000), limit_bytes("1.5 kB", whole=9), limit_bytes(7, whole=9)
     (300, 1500, 7)
     """
-    if isinstance(budget, int) and not isinstance(budget, bool) and budget > 0:
-        return budget
-    number, unit = _split(budget)
+    number, unit = split_unit(budget)
     if unit == "%" and 0 < number <= 100:
         return int(whole * number / 100)
-    if unit in _BYTES and number > 0:
-        return int(number * _BYTES[unit])
+    with contextlib.suppress(OptionError):
+        return parse_bytes(budget)
     raise OptionError(f"size {budget!r} is neither bytes (200000, '2 MB', '2 MiB') nor the share kept ('30 %').")
 
 
@@ -38,12 +35,7 @@ def allowed_drop(budget: str | float, reference: float) -> float:
     """
     if isinstance(budget, int | float) and not isinstance(budget, bool) and budget >= 0:
         return float(budget)
-    number, unit = _split(budget)
+    number, unit = split_unit(budget)
     if unit == "%" and 0 <= number <= 100:
         return abs(reference) * number / 100
     raise OptionError(f"drop {budget!r} is neither in the metric's units (0.01) nor a share of the reference ('1 %').")
-
-
-def _split(text: object) -> tuple[float, str]:
-    match = re.fullmatch(r"\s*(\d+(?:\.\d*)?|\.\d+)\s*([A-Za-z%]*)\s*", text) if isinstance(text, str) else None
-    return (float(match[1]), match[2]) if match else (0.0, "")

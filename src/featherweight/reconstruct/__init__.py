@@ -1,9 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Post-training solvers: pure functions of a weight matrix W (rows, d) and its layer Hessian H (d, d)."""
+"""Compression after training: solvers as pure functions of a weight W (rows, d) and its layer Hessian H (d, d), the walk
+over a model's layers, and the database of every layer at every level."""
 
 from featherweight.reconstruct.exact_obs import Elimination, eliminate, eliminate_again, eliminate_with_traces
 from featherweight.reconstruct.hessian import Damped, damp, layer_loss
 from featherweight.reconstruct.joint import prune_and_quantize
+from featherweight.reconstruct.method import Reconstruct
 from featherweight.reconstruct.pruning import PRUNERS, Pruned, prune
 from featherweight.reconstruct.quantizing import QUANTIZERS, Quantized, quantize
 from featherweight.reconstruct.refit import refit
@@ -16,6 +18,7 @@ __all__ = [
     "Elimination",
     "Pruned",
     "Quantized",
+    "Reconstruct",
     "Units",
     "damp",
     "eliminate",

@@ -156,9 +156,11 @@ def _stage(stage: Mapping[str, Any], rows: int) -> dict[str, Any]:
         "method": text(stage.get("method")),
         "options": tables.facts(stage.get("options")),
         "messages": tables.strings(stage, "messages"),
+        "solved": tables.solved(stage, rows),
         "selection": selection[:rows],
         "more": max(0, len(selection) - rows),
-        "pruned": sum(row["action"] == "pruned" for row in selection),
+        "verb": "pruned" if all(row["action"] in ("pruned", "kept") for row in selection) else "changed",
+        "changed": sum(row["action"] != "kept" for row in selection),
         "kept": sum(row["action"] == "kept" for row in selection),
     }
 

@@ -32,6 +32,7 @@ __all__ = [
     "scorecards",
     "shape",
     "sizes",
+    "solved",
     "spoken",
     "stages",
     "strings",
@@ -345,3 +346,40 @@ def _class(hint: str) -> tuple[str, str]:
 def _literal(value: str) -> str:
     """A string as a Python literal in double quotes."""
     return json.dumps(value, ensure_ascii=False)
+
+
+def solved(stage: Any, limit: int) -> Table:
+    """What a stage solved layer by layer: errors as shares of the energy of a layer's outputs, and what they cost."""
+    found = items(stage, "solved")
+    tried = list(dict.fromkeys(name for row in found for name in part(row, "losses")))
+    head = (
+        "layer",
+        "rows",
+        "inputs",
+        "solver",
+        "error",
+        "simple",
+        *tried,
+        "samples",
+        "tokens",
+        "damping",
+        "s",
+        "memory",
+    )
+    rows = [
+        (
+            text(row.get("name")),
+            words.count(row.get("rows")),
+            words.count(row.get("d")),
+            text(row.get("solver")),
+            *(words.figure(row.get(key)) for key in ("error", "simple")),
+            *(words.figure(part(row, "losses").get(name)) for name in tried),
+            words.count(row.get("samples")),
+            words.count(row.get("tokens")),
+            words.figure(row.get("damping")),
+            words.figure(row.get("seconds")),
+            words.size(row.get("peak_bytes")),
+        )
+        for row in found[:limit]
+    ]
+    return _table(head, rows, left=(0, 3))
