@@ -1,0 +1,336 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`build`: the database of a model, computed in one pass over its layers, and resumed where a run was killed.
+
+Layer Hessians are taken of the dense model, in batches of layers that fit the byte budget, so that entries do not depend
+on one another and can be combined at will. That is what makes a search cheap, and also what it misses: errors that add up
+from layer to layer. A chosen profile is therefore better realised in a walk whose targets are corrected.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import time
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+from urllib.parse import quote
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
+
+from featherweight.errors import ArtefactError, DataError, NothingToCompress, NumericalError
+from featherweight.layers import Problem, Statistics, collect, passes, problems, select, split, tensors_and_ties
+from featherweight.reconstruct.costs import dense_macs
+from featherweight.reconstruct.database import (
+    INDEX,
+    Database,
+    Entry,
+    Layer,
+    Stored,
+    fingerprint,
+    key,
+    read,
+    write_index,
+    write_tensors,
+)
+from featherweight.reconstruct.entries import Contents, Made, entries_of
+from featherweight.reconstruct.hessian import layer_loss
+
+__all__ = ["build", "named_problems", "row_scale"]
+
+Forward = Callable[[Any, Any], Any]
+Report = Callable[[dict[str, Any]], None]
+
+
+@dataclasses.dataclass(frozen=True)
+class _Judges:
+    """What the caller gave to judge entries with, and the dense model's value of `evaluate`."""
+
+    held_out: Iterable[Any] | None
+    evaluate: Callable[[nn.Module], float] | None
+    dense: float
+    cost: Callable[[Entry], float] | None
+
+
+def build(
+    model: nn.Module,
+    batches: Iterable[Any],
+    forward: Forward,
+    folder: str | Path,
+    contents: Contents | None = None,
+    *,
+    held_out: Iterable[Any] | None = None,
+    evaluate: Callable[[nn.Module], float] | None = None,
+    cost: Callable[[Entry], float] | None = None,
+    budget_bytes: int = 2 << 30,
+    overwrite: bool = False,
+    report: Report = lambda event: None,
+) -> Database:
+    """Solves every layer of a model for all that `contents` asks for and writes the answers into a folder.
+
+    Saves nothing by itself: it is what `target` chooses from and `stitch` writes. With `evaluate` each entry's weights
+    stand in your model while it is called, and the dense ones are put back; nothing else of it is changed.
+
+    - `batches`: calibration data, iterated once for each group of layers whose Hessians fit `budget_bytes`, of which half
+      is for Hessians and half for solvers. `forward(model, batch)` is as in `Task`.
+    - `held_out`: other batches; each entry then has its loss there too, and solvers that compare candidates choose by it.
+    - `evaluate(model)`: a figure that rises as the model gets worse; an entry's `measured` is its rise with that entry
+      alone in place. One call an entry: layers x entries x the time of a call.
+    - `cost(entry)`: what an entry costs by your own figure, its measured time say.
+
+    A killed run goes on after the last weight that it finished, given the same model, contents and first batch, and
+    refuses others; `overwrite` begins anew. Layers that the data never reached are in `Database.left` with the reason.
+    Raises `ArtefactError`, `DataError`, `OptionError`, `NothingToCompress` and `NumericalError`.
+    """
+    contents = Contents() if contents is None else contents
+    folder = Path(folder)
+    todo, left = named_problems(model, contents)
+    for data in (batches, held_out):
+        if isinstance(data, Iterator):
+            raise DataError(
+                "the data is a one-shot iterator, and layers need several passes: give a list or a DataLoader."
+            )
+    first = next(iter(batches), None)
+    if first is None:
+        raise DataError("the calibration data yields no batch: check the data set and drop_last.")
+    weight_macs, all_macs = dense_macs(model, forward, first)
+    about = {
+        "first batch": fingerprint(leaf for leaf in tree_leaves(first) if isinstance(leaf, Tensor)),
+        "figures": [name for name, given in (("held_out", held_out), ("measured", evaluate), ("cost", cost)) if given],
+    }
+    size = sum(tensor.nbytes for tensor in tensors_and_ties(model)[0].values())
+    fresh = Database(folder, contents, {}, {}, all_macs, size, left, about, complete=False)
+    database = _resumed(fresh, model, overwrite)
+    todo = [problem for problem in todo if problem.weight.name not in database.weights]
+    judges = _Judges(held_out, evaluate, _figure(model, evaluate) if evaluate and todo else 0.0, cost)
+    missing = Counter(problem.weight.name for problem in todo)
+    total, pending = len(database.weights) + len(missing), dict[str, list[_Solved]]()
+    for group in passes(todo, max(1, budget_bytes // (4 if held_out else 2)), False):
+        found = collect(model, group, batches, forward)
+        judged = collect(model, group, held_out, forward) if held_out else {}
+        for problem in group:
+            started = time.monotonic()
+            name = problem.weight.name
+            statistics = found.pop(problem.name, None)
+            other = judged.pop(problem.name, None)
+            solved = _solve(model, problem, statistics, other, contents, judges, budget_bytes // 2)
+            pending.setdefault(name, []).append(dataclasses.replace(solved, seconds=time.monotonic() - started))
+            missing[name] -= 1
+            if not missing[name]:
+                database = _finished(database, pending.pop(name), weight_macs.get(name, 0.0), judges, report)
+                report({"kind": "step", "step": len(database.weights), "total": total})
+    if not database.layers:
+        raise NothingToCompress(f"no layer was reached by the calibration data: {database.left}.")
+    database = dataclasses.replace(database, complete=True)
+    write_index(database)
+    return database
+
+
+def named_problems(model: nn.Module, contents: Contents) -> tuple[list[Problem], dict[str, str]]:
+    """The problems of the layers that `contents` names, split if it says so; what is left alone, with reasons."""
+    found, left = problems(model)
+    names = list(dict.fromkeys(problem.weight.name for problem in found))
+    if not names:
+        raise NothingToCompress(f"the model has no layer to solve: {left}.")
+    chosen = set(select(names, contents.layers))
+    left = dict(left) | {name: "no glob of layers names it" for name in names if name not in chosen}
+    found = [problem for problem in found if problem.weight.name in chosen]
+    if contents.block is not None:
+        found = [part for problem in found for part in split(problem, contents.block)]
+    return found, left
+
+
+def row_scale(statistics: Statistics, rows: int) -> Tensor:
+    """What to multiply the rows of W with before solving, and divide by after: (rows, 1), in float64, never zero.
+
+    An embedding's rows weigh as often as they were looked up, those that never were as if it had been half a time.
+    """
+    if statistics.scale is None:
+        return statistics.H.new_ones(rows, 1)
+    return (
+        (statistics.scale.double().square() + 0.5 / max(1, statistics.tokens)).sqrt()[:, None].to(statistics.H.device)
+    )
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class _Solved:
+    problem: Problem
+    statistics: Statistics | None
+    energy: float
+    entries: list[Entry]
+    tensors: dict[str, Tensor]
+    notes: tuple[str, ...]
+    tokens: int = 0
+    seconds: float = 0.0
+
+
+def _solve(
+    model: nn.Module,
+    problem: Problem,
+    statistics: Statistics | None,
+    other: Statistics | None,
+    contents: Contents,
+    judges: _Judges,
+    budget_bytes: int,
+) -> _Solved:
+    if statistics is None:
+        return _Solved(problem, None, 0.0, [], {}, ())
+    H = statistics.H
+    dense = problem.matrix()
+    scale = row_scale(statistics, problem.height)
+    W = (dense.to(H.device) * scale).to(dense.dtype)
+    error, energy = _error(dense.to(H.device), scale, statistics)
+    judge = None
+    if other is not None:
+        outside, elsewhere = _error(dense.to(H.device), scale, other)
+
+        def judge(V: Tensor) -> float:
+            return outside(V) / (elsewhere or 1.0)
+
+    name, size = problem.name, dense.nbytes
+    entries = [Entry(name, "dense", None, 0.0, None, 0.0, 0.0, 0.0, size, 0.0 if judge is not None else None)]
+    if judges.evaluate:
+        entries[0] = dataclasses.replace(entries[0], measured=0.0)
+    tensors: dict[str, Tensor] = {}
+    notes: dict[str, None] = {}
+    for made in entries_of(W, H, contents, run=problem.run, budget_bytes=budget_bytes, judge=judge):
+        loss = error(made.weights)
+        entry = Entry(
+            name,
+            made.kind,
+            made.asked,
+            made.zeros / W.numel(),
+            made.bits,
+            loss,
+            loss / (energy or 1.0),
+            0.0,
+            made.bytes,
+            judge(made.weights) if judge is not None else None,
+            _measured(model, problem, dense, made.weights / scale, judges),
+            None,
+            made.level,
+            made.solver,
+        )
+        entries.append(entry)
+        stored = made.tensors if "scale" not in made.tensors else {**made.tensors, "scale": _unscaled(made, scale)}
+        label = entry.kind if entry.level is not None else entry.label
+        tensors |= {key(name, label, part): tensor for part, tensor in stored.items()}
+        notes |= dict.fromkeys(made.notes)
+    return _Solved(problem, statistics, energy, entries, tensors, tuple(notes))
+
+
+def _error(dense: Tensor, scale: Tensor, statistics: Statistics) -> tuple[Callable[[Tensor], float], float]:
+    """||(W - V) X||² / tokens of weights V that come times `scale`, and ||W X||² / tokens."""
+    share = torch.ones_like(scale) if statistics.scale is None else statistics.scale.to(scale)[:, None]
+    W, change, H = dense * share, share / scale, statistics.H
+    return lambda V: layer_loss(W, V * change, H), layer_loss(W, torch.zeros_like(W), H)
+
+
+def _unscaled(made: Made, scale: Tensor) -> Tensor:
+    return (made.tensors["scale"].double() / scale.double().cpu()).float()
+
+
+def _measured(model: nn.Module, problem: Problem, dense: Tensor, V: Tensor, judges: _Judges) -> float | None:
+    if judges.evaluate is None:
+        return None
+    try:
+        problem.write(V.to(dense))
+        return _figure(model, judges.evaluate) - judges.dense
+    finally:
+        problem.write(dense)
+
+
+def _figure(model: nn.Module, evaluate: Callable[[nn.Module], float]) -> float:
+    with torch.no_grad():
+        value = float(evaluate(model))
+    if not math.isfinite(value):
+        raise NumericalError(
+            f"evaluate gave {value}; it must be a finite number. The model has its dense weights again."
+        )
+    return value
+
+
+def _finished(database: Database, parts: Sequence[_Solved], macs: float, judges: _Judges, report: Report) -> Database:
+    """Writes one weight's file, then the index that names it; the database with it."""
+    weight = parts[0].problem.weight
+    left, layers, tensors = dict(database.left), dict(database.layers), dict[str, Tensor]()
+    work = [part.statistics.tokens * part.problem.height * part.problem.d if part.statistics else 0 for part in parts]
+    for part, share in zip(parts, work, strict=True):
+        name, statistics = part.problem.name, part.statistics
+        if statistics is None:
+            left[name] = "no calibration batch reached it"
+            report({"kind": "message", "text": f"{name}: no calibration batch reached it; it stays as it is."})
+            continue
+        own = macs * share / (sum(work) or 1)
+        entries = [dataclasses.replace(entry, macs=own * (1 - entry.sparsity)) for entry in part.entries]
+        if judges.cost is not None:
+            entries = [dataclasses.replace(entry, cost=float(judges.cost(entry))) for entry in entries]
+        rows, d = part.problem.height, part.problem.d
+        layers[name] = Layer(
+            name,
+            weight.name,
+            rows,
+            d,
+            part.problem.run,
+            own,
+            part.energy,
+            statistics.samples,
+            statistics.tokens,
+            part.notes,
+            tuple(entries),
+        )
+        tensors |= part.tensors
+        report(
+            {
+                "kind": "message",
+                "text": f"{name} {rows} x {d}: {len(entries)} entries from {statistics.tokens} tokens of "
+                f"{statistics.samples} samples in {part.seconds:.1f} s. {' '.join(part.notes)}".strip(),
+            }
+        )
+    print_ = fingerprint([weight.parameter.detach()])
+    stored = Stored(print_)
+    if tensors:
+        file = f"{len(database.weights):04d}.{quote(weight.name, safe='._-')[:180]}.safetensors"
+        stored = Stored(print_, file, write_tensors(database.folder, file, tensors))
+    database = dataclasses.replace(
+        database, layers=layers, left=left, weights={**database.weights, weight.name: stored}
+    )
+    write_index(database)
+    return database
+
+
+def _resumed(fresh: Database, model: nn.Module, overwrite: bool) -> Database:
+    """What an earlier run left in the folder, if it was the same task; otherwise `fresh`, its folder made."""
+    folder = fresh.folder
+    if overwrite and (folder / INDEX).is_file():
+        (folder / INDEX).unlink()
+        for path in folder.glob("*.safetensors"):
+            path.unlink()
+    if not (folder / INDEX).is_file():
+        stray = [path.name for path in folder.iterdir()] if folder.exists() else []
+        if any(not name.endswith((".safetensors", ".tmp")) for name in stray):
+            raise ArtefactError(f"{folder} holds other files ({', '.join(sorted(stray)[:3])}); give an empty folder.")
+        folder.mkdir(parents=True, exist_ok=True)
+        write_index(fresh)
+        return fresh
+    found = read(folder)
+    for what, old, new in (
+        ("other contents", found.contents, fresh.contents),
+        ("other data", found.about["first batch"], fresh.about["first batch"]),
+        ("other figures", found.about["figures"], fresh.about["figures"]),
+    ):
+        if old != new:
+            detail = f": {_difference(old, new)}" if what != "other data" else ": its first batch differs"
+            raise ArtefactError(f"{folder} was begun with {what}{detail}. Give another folder, or overwrite=True.")
+    found.check(tensors_and_ties(model)[0])
+    return found
+
+
+def _difference(old: Any, new: Any) -> str:
+    if not isinstance(old, Contents):
+        return f"{old}, now {new}"
+    pairs = zip(dataclasses.asdict(old).items(), dataclasses.asdict(new).values(), strict=True)
+    return "; ".join(f"{name} was {a}, now {b}" for (name, a), b in pairs if a != b)
