@@ -1,14 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The networks that post-training compression is measured on, by name: `SUBJECTS["resnet"]()`."""
+"""The networks that post-training compression is measured on, by name: `SUBJECTS["resnet"]()`; and COSTS, to time."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 
-from benchmarks.reconstruct.subjects import crepe, minilm, resnet, silero
+from benchmarks.reconstruct.subjects import cost, crepe, lstm, minilm, resnet, silero
 from benchmarks.reconstruct.subjects.subject import Subject, difference
 
-__all__ = ["SUBJECTS", "Subject", "difference"]
+__all__ = ["COSTS", "SUBJECTS", "Subject", "difference"]
 
 SUBJECTS: dict[str, Callable[[], Subject]] = {
     "crepe_tiny": crepe.tiny,
@@ -16,4 +16,7 @@ SUBJECTS: dict[str, Callable[[], Subject]] = {
     "minilm": minilm.subject,
     "silero": silero.subject,
     "resnet": resnet.subject,
+    "lstm": lstm.subject,
 }
+# Without a metric: what compression takes of them is all that is asked.
+COSTS: dict[str, Callable[[], Subject]] = {"resnet50": cost.resnet50, "llama_block": cost.llama_block}
