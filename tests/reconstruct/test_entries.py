@@ -94,7 +94,7 @@ def test_joint_entries_have_the_zeros_and_the_grid(joint: tuple[str, float | Non
 def test_44_levels_of_single_weights_take_six_bits_a_weight() -> None:
     W, H, _ = layer(16, 64)
     made = list(entries_of(W.float(), H, levels("weight", at=None)))
-    assert len(made) == 44 and made[-1].zeros == round((1 - 0.9**44) * 16 * 64)
+    assert len(made) == 44 and round(made[-1].sparsity * 16 * 64) == round((1 - 0.9**44) * 16 * 64)
     assert sum(tensor.nbytes for entry in made for tensor in entry.tensors.values()) == 16 * 64 * 6 // 8
     tiles = list(entries_of(W.float(), H, levels("1x4", at=None)))
     assert len(tiles) == 29
@@ -109,7 +109,7 @@ def test_bytes_are_those_of_the_smallest_exact_form() -> None:
     assert by_asked[None] < by_asked[0.5]  # 2:4 has fewer masks to tell apart
     assert by_asked[0.95] < n // 8 + 4 * round(0.05 * n) + 4
     [joint] = entries_of(W.float(), H, dataclasses.replace(FEW, joint=(("weight", 0.9, 4),)))
-    assert joint.bytes == n // 8 + -(-(n - joint.zeros) * 4 // 8) + 32 * 5
+    assert joint.bytes == n // 8 + -(-round(n * (1 - joint.sparsity)) * 4 // 8) + 32 * 5
 
 
 @pytest.mark.parametrize("solver", ["admm", "best", "exact_obs"])

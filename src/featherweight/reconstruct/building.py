@@ -199,20 +199,20 @@ def _solve(
     for made in entries_of(W, H, contents, run=problem.run, budget_bytes=budget_bytes, judge=judge):
         loss = error(made.weights)
         entry = Entry(
-            name,
-            made.kind,
-            made.asked,
-            made.zeros / W.numel(),
-            made.bits,
-            loss,
-            loss / (energy or 1.0),
-            0.0,
-            made.bytes,
-            judge(made.weights) if judge is not None else None,
-            _measured(model, problem, dense, made.weights / scale, judges),
-            None,
-            made.level,
-            made.solver,
+            problem=name,
+            kind=made.kind,
+            asked=made.asked,
+            sparsity=made.sparsity,
+            bits=made.bits,
+            loss=loss,
+            relative=loss / (energy or 1.0),
+            macs=0.0,  # known once all parts of the weight are
+            bytes=made.bytes,
+            held_out=None if judge is None else judge(made.weights),
+            measured=_measured(model, problem, dense, made.weights / scale, judges),
+            level=made.level,
+            solver=made.solver,
+            damping=made.damping,
         )
         entries.append(entry)
         stored = made.tensors if "scale" not in made.tensors else {**made.tensors, "scale": _unscaled(made, scale)}

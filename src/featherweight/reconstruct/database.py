@@ -40,6 +40,7 @@ class Entry:
       there and on held-out samples. `measured`: what the user's `evaluate` rose by with this layer alone replaced.
     - `macs`: multiply-adds of non-zero weights in one forward of the first batch. `bytes`: in the smallest exact form.
       `cost`: what the user's function gave.
+    - `solver` and `damping`: how it was solved; `level`: its place among the levels of a nested kind.
     """
 
     problem: str
@@ -56,6 +57,7 @@ class Entry:
     cost: float | None = None
     level: int | None = None
     solver: str = ""
+    damping: float = 0.0
 
     @property
     def label(self) -> str:

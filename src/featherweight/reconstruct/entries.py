@@ -124,24 +124,29 @@ class Contents:
         return GridSpec(bits, symmetric=self.symmetric, chunk=self.chunk)
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
+@dataclasses.dataclass(frozen=True, eq=False, kw_only=True)
 class Made:
     """One entry as it was solved: `weights` (rows, d) as they will come back, and what must be kept of it.
 
     `tensors` go to disk under the entry's name; those of a nested pattern are all with its first level. `bytes` is what
-    the weights take in their smallest exact form. `level` counts the levels of a nested pattern; None elsewhere.
+    the weights take in their smallest exact form, `damping` what a refit needs to give them again. `level` counts the
+    levels of a nested pattern; None elsewhere.
     """
 
     kind: str
-    asked: float | None
-    bits: int | None
-    level: int | None
+    asked: float | None = None
+    bits: int | None = None
+    level: int | None = None
     weights: Tensor
-    zeros: int
     bytes: int
     solver: str
+    damping: float
     tensors: Mapping[str, Tensor]
     notes: tuple[str, ...]
+
+    @property
+    def sparsity(self) -> float:
+        return float((self.weights == 0).double().mean())
 
 
 @dataclasses.dataclass(frozen=True)
@@ -207,23 +212,20 @@ def _pruned(solving: _Solving, pattern: str, run: int | None) -> Iterator[Made]:
             work=contents.work / len(levels),
             **options,
         )
-        weights = found.weights
+        weights, damping = found.weights, found.damping
         if found.solver in _NOT_REFITTED or bool((W == 0).any()):
             weights = refitted(W, problem.damped, found.pruned, options["budget_bytes"])
+            damping = problem.damped.damping
         chosen = problem.units.sums(found.pruned.double()) > 0
-        zeros = int((weights == 0).sum())
-        size = _size(weights, parsed)
         yield Made(
-            pattern,
-            level,
-            None,
-            None,
-            weights,
-            zeros,
-            size,
-            found.solver,
-            {"mask": _bits(chosen)},
-            found.notes,
+            kind=pattern,
+            asked=level,
+            weights=weights,
+            bytes=_size(weights, parsed),
+            solver=found.solver,
+            damping=damping,
+            tensors={"mask": _fields(chosen, 1)},
+            notes=found.notes,
         )
 
 
@@ -236,11 +238,18 @@ def _nested(
     width = len(levels).bit_length()
     tensors = {"first": _fields(first, width)}
     for level, sparsity in enumerate(levels):
-        pruned = units.mask(first <= level, *W.shape)
-        weights = refitted(W, damped, pruned, budget_bytes)
-        zeros = int((weights == 0).sum())
-        size = _size(weights, parse_pattern(pattern))
-        yield Made(pattern, sparsity, None, level, weights, zeros, size, "exact_obs", tensors, damped.notes)
+        weights = refitted(W, damped, units.mask(first <= level, *W.shape), budget_bytes)
+        yield Made(
+            kind=pattern,
+            asked=sparsity,
+            level=level,
+            weights=weights,
+            bytes=_size(weights, parse_pattern(pattern)),
+            solver="exact_obs",
+            damping=damped.damping,
+            tensors=tensors,
+            notes=damped.notes,
+        )
         tensors = {}
 
 
@@ -321,16 +330,21 @@ def _on_grid(kind: str, W: Tensor, found: Quantized) -> Made:
     # With many zeros a mask and the integers that are left are smaller than all integers.
     sparse = bytes_of(integers.numel(), 1) + bytes_of(integers.numel() - zeros, grid.bits)
     size = min(sparse, tensors["integers"].nbytes) + tensors["scale"].nbytes + tensors["zero_point"].nbytes
-    return Made(kind, None, grid.bits, None, weights, zeros, size, found.solver, tensors, found.notes)
+    return Made(
+        kind=kind,
+        bits=grid.bits,
+        weights=weights,
+        bytes=size,
+        solver=found.solver,
+        damping=found.damping,
+        tensors=tensors,
+        notes=found.notes,
+    )
 
 
 def _size(weights: Tensor, pattern: Pattern) -> int:
     hints = {"w": f"nm:{pattern.n}:{pattern.m}:1"} if pattern.kind == "n:m" else {}
     return pack.code({"w": weights}, hints)["w"].coded_bytes
-
-
-def _bits(chosen: Tensor) -> Tensor:
-    return _fields(chosen.to(torch.int32), 1)
 
 
 def _fields(values: Tensor, width: int) -> Tensor:

@@ -66,9 +66,9 @@ def stitch(
                     f"{problem.name}: no batch reached it, so its weights cannot be refitted; the model is as it was. "
                     "Give the batches that the database was built with."
                 )
-            settled = database.settled(sparse[problem.name][1])
+            entry = sparse[problem.name][1]
             answers[problem.name] = _refitted(
-                problem, settled, statistics.pop(problem.name), database.contents.damping, budget_bytes // 2
+                problem, database.settled(entry), statistics.pop(problem.name), entry.damping, budget_bytes // 2
             )
             report({"kind": "step", "step": len(answers), "total": len(chosen)})
     for problem, _ in chosen:
