@@ -80,23 +80,29 @@ class Input:
         x = self.x.reshape(len(self.x), self.groups, -1, *self.x.shape[2:])
         if len(groups) < self.groups:
             x = x[:, list(groups)]
-        x = x[:, :, channels or slice(None)].movedim(0, 1).movedim(2, -1).contiguous()
-        axes = len(self.kernel)
-        over, moves = x.stride()[2 : 2 + axes], list(zip(self.stride, self.dilation, strict=True))
-        windows = x.as_strided(
-            (*x.shape[:2], *self.positions, *self.kernel, x.shape[-1]),
-            (
-                *x.stride()[:2],
-                *(length * move[0] for length, move in zip(over, moves, strict=True)),
-                *(length * move[1] for length, move in zip(over, moves, strict=True)),
-                x.stride(-1),
-            ),
-        )
-        d = prod(self.kernel) * x.shape[-1]
-        for part in _parts(windows, 1 + axes, most):
+        x = x[:, :, channels or slice(None)].movedim(0, 1).movedim(2, -1)  # (groups, n, *space, channels)
+        axes, d = len(self.kernel), prod(self.kernel) * x.shape[-1]
+        # Copied in the longer runs: those of channels and taps, or (depthwise, say) those of positions.
+        by_columns = axes > 0 and self.positions[-1] > self.kernel[-1] * x.shape[-1]
+        if not by_columns:
+            x = x.contiguous()
+        for part in _parts(self._windows(x), 1 + axes, most):
             if self.flipped:
                 part = part.flip(tuple(range(part.ndim - 1 - axes, part.ndim - 1)))
-            yield part.reshape(len(groups), -1, d)
+            if by_columns:
+                taps = tuple(range(part.ndim - 1 - axes, part.ndim))
+                yield part.movedim(taps, tuple(range(1, axes + 2))).reshape(len(groups), d, -1).mT
+            else:
+                yield part.reshape(len(groups), -1, d)
+
+    def _windows(self, x: Tensor) -> Tensor:
+        """A view (groups, n, *positions, *kernel, channels) of x (groups, n, *space, channels)."""
+        axes = len(self.kernel)
+        over = x.stride()[2 : 2 + axes]
+        moves = [length * step for length, step in zip(over, self.stride, strict=True)]
+        spreads = [length * step for length, step in zip(over, self.dilation, strict=True)]
+        shape = (*x.shape[:2], *self.positions, *self.kernel, x.shape[-1])
+        return x.as_strided(shape, (*x.stride()[:2], *moves, *spreads, x.stride(-1)), x.storage_offset())
 
     def outputs(self, matrix: Tensor) -> Tensor:
         """What a matrix (rows of all groups, d) answers, bias apart: (groups, tokens, rows of one group)."""

@@ -11,13 +11,14 @@ from __future__ import annotations
 
 import dataclasses
 from math import prod
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from featherweight.errors import OptionError
-from featherweight.layers.calls import Use, uses
-from featherweight.layers.weights import Weight, from_matrix, to_matrix, weights
+from featherweight.layers.calls import Use, quiet, uses
+from featherweight.layers.weights import CONV, TRANSPOSED, Weight, from_matrix, to_matrix, weights
 from featherweight.layers.zeros import unwrap
 
 __all__ = ["Problem", "problems", "split"]
@@ -112,9 +113,17 @@ def _solved_as(weight: Weight, ways: list[Use]) -> Weight | str:
     if weight.parameter.numel() == 0:
         return "it is empty"
     if weight.kind == "bare" or not ways:
-        return f"a parameter of {type(weight.module).__name__}, whose arithmetic is not known: hooks cannot see what it reads"
+        return (
+            f"a bare parameter of {type(weight.module).__name__}, whose arithmetic is not known: hooks cannot see what it "
+            "reads. Put it into a layer, such as nn.Linear"
+        )
     if isinstance(weight.module, nn.EmbeddingBag) or any(isinstance(way.module, nn.EmbeddingBag) for way in ways):
         return "its rows are summed in bags, so that none of them is a problem of its own"
+    if strange := next((way.module for way in ways if not _answers_as_usual(way.module)), None):
+        return (
+            f"{type(strange).__name__} has a forward of its own, which does not answer as torch's layer does: what it makes "
+            "of the weight is not known"
+        )
     solved = [way for way in ways if way.kind != "embedding"] or ways
     first = solved[0]
     if getattr(first.module, "max_norm", None) is not None:
@@ -125,6 +134,34 @@ def _solved_as(weight: Weight, ways: list[Use]) -> Weight | str:
     if weight.kind == "embedding" and first.kind != "embedding":
         return dataclasses.replace(weight, layer=first.name, module=first.module, kind=first.kind)
     return weight
+
+
+def _answers_as_usual(module: nn.Module) -> bool:
+    """Whether a known layer's forward is torch's own, or gives what torch's gives on random input.
+
+    Subclasses may standardize the weight, pad, or apply an activation; others only cast, and are welcome.
+    """
+    bases: tuple[Any, ...] = type(module).__mro__
+    own = next((base for base in bases if base.__module__.startswith("torch.nn.modules.")), nn.Module)
+    if own is nn.Module or bases[0].forward is own.forward:  # the first is Conv1D, known by its looks
+        return True
+    if not isinstance(module, (nn.Linear, *CONV, *TRANSPOSED)) or module.weight.is_meta:
+        return False
+    if isinstance(module, nn.Linear):
+        sizes = [2, module.in_features]
+    else:
+        # Several positions, and one cell over: what pads or strides otherwise answers in another shape.
+        spans = zip(module.dilation, module.kernel_size, module.stride, strict=True)
+        sizes = [2, module.in_channels, *(d * (k - 1) + 2 * s + 2 for d, k, s in spans)]
+    x = torch.randn(sizes, generator=torch.Generator().manual_seed(0)).to(module.weight)
+    with quiet(module):
+        try:
+            y, usual = module(x), own.forward(module, x)
+        except (AttributeError, IndexError, RuntimeError, TypeError, ValueError):
+            return False
+    if not isinstance(y, Tensor) or y.shape != usual.shape:
+        return False
+    return float((y - usual).float().norm()) <= 0.01 * float(usual.float().norm())
 
 
 def _parts(weight: Weight) -> list[Problem]:

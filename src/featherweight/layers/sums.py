@@ -112,7 +112,7 @@ class Sums:
         if gap is not None and len(gap) != len(self.groups):
             gap = gap[self.groups]
         if gap is not None:
-            self.gap_energy += gap.square().sum((1, 2), dtype=torch.float64).cpu()
+            self.gap_energy += torch.linalg.vector_norm(gap, dim=2).double().square().sum(1).cpu()
         if read.tokens == 0 or (self.leader is not None and gap is None):
             return
         start = 0
