@@ -312,8 +312,8 @@ def damage(folder: Path, how: str) -> None:
         index.unlink()
     elif how == "the index is cut":
         index.write_text(index.read_text()[:-40])
-    elif how == "a field is gone":
-        del facts["weights"]["fc.weight"]["layers"][0]["entries"][1]["loss"]
+    elif how == "a loss is another":
+        facts["weights"]["fc.weight"]["layers"][0]["entries"][1]["loss"] *= 2
         index.write_text(json.dumps(facts))
     elif how == "a later version":
         index.write_text(json.dumps(facts | {"version": 2}))
@@ -329,7 +329,7 @@ def damage(folder: Path, how: str) -> None:
         ("a file is gone", "is missing"),
         ("the index is gone", "holds no database"),
         ("the index is cut", "is damaged: JSONDecodeError"),
-        ("a field is gone", "is damaged: TypeError"),
+        ("a loss is another", "its checksum does not fit"),
         ("a later version", "version 2"),
         ("not an index", "not the index"),
     ],
@@ -399,7 +399,7 @@ def test_an_embeddings_rows_weigh_as_often_as_they_are_looked_up(tmp_path: Path)
         assert entry.relative == pytest.approx(float(error), rel=1e-5, abs=1e-9)
     model[0].weight.data.copy_(dense)
     stitch(database, model, {"0.weight": database.entry("0.weight", "4 bit")}, [(words,)], forward)
-    assert float((model[0].weight - dense).abs().max()) < 0.2 * float(dense.abs().max())
+    assert float((model[0].weight.detach() - dense).abs().max()) < 0.2 * float(dense.abs().max())
     assert all(len(row.unique()) <= 16 for row in model[0].weight)
 
 
@@ -421,15 +421,54 @@ def test_experts_without_data_are_left_with_the_reason(tmp_path: Path) -> None:
         load(tmp_path).entries("idle.weight")
 
 
-def test_wide_layers_are_solved_in_blocks(tmp_path: Path) -> None:
+def test_layers_that_are_too_wide_for_the_work_are_solved_in_blocks(tmp_path: Path) -> None:
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(48, 8))
     data = [(torch.randn(100, 48),)]
-    database = build(model, data, forward, tmp_path, dataclasses.replace(SMALL, block=16))
+    # An elimination of 8 rows of 16 columns takes 0.41 * 8 * 16³ multiply-adds; three of them are paid for here.
+    contents = dataclasses.replace(SMALL, work=3.01 * 0.41 * 8 * 16**3 / 1e9)
+    database = build(model, data, forward, tmp_path, contents)
     assert [layer.d for layer in database.layers.values()] == [16, 16, 16]
+    assert {entry.solver for name in database.layers for entry in database.entries(name) if entry.level} == {
+        "exact_obs"
+    }
     assert sum(layer.macs for layer in database.layers.values()) == database.macs == 100 * 48 * 8
+    energy = sum(layer.energy for layer in database.layers.values())
+    for name in database.layers:
+        for entry in database.entries(name):
+            assert entry.relative == pytest.approx(entry.loss / energy)
     stitch(database, model, uniform(database, "2:4").choice, data, forward)
     assert bool(((model[0].weight.view(8, 12, 4) == 0).sum(2) == 2).all())
+
+
+def test_parts_of_a_grouped_layer_add_up_to_the_layer(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(6, 6, 3, groups=6))
+    data = [(torch.randn(20, 6, 5, 5),)]
+    answer = (model[0](data[0][0]) - model[0].bias.view(-1, 1, 1)).detach()
+    dense = model[0].weight.detach().clone()
+    database = build(model, data, forward, tmp_path, dataclasses.replace(SMALL, bits=(), joint=()))
+    found = uniform(database, "weight", 0.5)
+    stitch(database, model, found.choice, data, forward)
+    change = F.conv2d(data[0][0], model[0].weight.detach() - dense, groups=6)
+    assert found.loss == pytest.approx(float(change.square().sum() / answer.square().sum()), rel=1e-4)
+
+
+@pytest.mark.parametrize("solver", ["best", "admm+swap"])
+def test_few_samples_and_a_judge_still_stitch_to_the_weights_that_were_judged(solver: str, tmp_path: Path) -> None:
+    dense, fit, held_out = net()
+    fit = [(fit[0][0][:2],)]
+    contents = Contents(patterns=("weight", "2:4"), levels=(0.5, 0.8), bits=(), joint=(), solver=solver)
+    database = build(dense, fit, forward, tmp_path, contents, held_out=held_out)
+    X = dense.inputs(fit[0][0])
+    for label in ("weight 0.5", "weight 0.8", "2:4"):
+        model, _, _ = net()
+        choice = {name: database.entry(name, label) for name in X}
+        stitch(database, model, choice, fit, forward)
+        for name, inputs in X.items():
+            W, V = (matrix(name, dict(m.named_parameters())[name].detach()) for m in (dense, model))
+            error = ((W - V) @ inputs).detach().square().sum() / inputs.shape[1]
+            assert choice[name].loss == pytest.approx(float(error), rel=1e-4)
 
 
 @pytest.mark.parametrize(

@@ -130,7 +130,7 @@ def build(
 
 
 def named_problems(model: nn.Module, contents: Contents) -> tuple[list[Problem], dict[str, str]]:
-    """The problems of the layers that `contents` names, split if it says so; what is left alone, with reasons."""
+    """The problems of the layers that `contents` names, split where it says so; what is left alone, with reasons."""
     found, left = problems(model)
     names = list(dict.fromkeys(problem.weight.name for problem in found))
     if not names:
@@ -138,9 +138,7 @@ def named_problems(model: nn.Module, contents: Contents) -> tuple[list[Problem],
     chosen = set(select(names, contents.layers))
     left = dict(left) | {name: "no glob of layers names it" for name in names if name not in chosen}
     found = [problem for problem in found if problem.weight.name in chosen]
-    if contents.block is not None:
-        found = [part for problem in found for part in split(problem, contents.block)]
-    return found, left
+    return [part for p in found for part in split(p, contents.widest(p.height, p.d))], left
 
 
 def row_scale(statistics: Statistics, rows: int) -> Tensor:
@@ -157,13 +155,18 @@ def row_scale(statistics: Statistics, rows: int) -> Tensor:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class _Solved:
+    """One problem's entries, whose figures that depend on the weight's other parts are not filled in yet.
+
+    `energy` and `elsewhere` are ||W X||² / tokens on the samples solved on and on those held out.
+    """
+
     problem: Problem
     statistics: Statistics | None
     energy: float
+    elsewhere: float
     entries: list[Entry]
     tensors: dict[str, Tensor]
     notes: tuple[str, ...]
-    tokens: int = 0
     seconds: float = 0.0
 
 
@@ -177,36 +180,34 @@ def _solve(
     budget_bytes: int,
 ) -> _Solved:
     if statistics is None:
-        return _Solved(problem, None, 0.0, [], {}, ())
+        return _Solved(problem, None, 0.0, 0.0, [], {}, ())
     H = statistics.H
     dense = problem.matrix()
     scale = row_scale(statistics, problem.height)
     W = (dense.to(H.device) * scale).to(dense.dtype)
     error, energy = _error(dense.to(H.device), scale, statistics)
-    judge = None
-    if other is not None:
-        outside, elsewhere = _error(dense.to(H.device), scale, other)
-
-        def judge(V: Tensor) -> float:
-            return outside(V) / (elsewhere or 1.0)
-
+    judge, elsewhere = (None, 0.0) if other is None else _error(dense.to(H.device), scale, other)
     name, size = problem.name, dense.nbytes
-    entries = [Entry(name, "dense", None, 0.0, None, 0.0, 0.0, 0.0, size, 0.0 if judge is not None else None)]
-    if judges.evaluate:
-        entries[0] = dataclasses.replace(entries[0], measured=0.0)
+    unjudged, unmeasured = judge is None, judges.evaluate is None
+    entries = [
+        Entry(
+            problem=name,
+            kind="dense",
+            bytes=size,
+            held_out=None if unjudged else 0.0,
+            measured=None if unmeasured else 0.0,
+        )
+    ]
     tensors: dict[str, Tensor] = {}
     notes: dict[str, None] = {}
     for made in entries_of(W, H, contents, run=problem.run, budget_bytes=budget_bytes, judge=judge):
-        loss = error(made.weights)
         entry = Entry(
             problem=name,
             kind=made.kind,
             asked=made.asked,
             sparsity=made.sparsity,
             bits=made.bits,
-            loss=loss,
-            relative=loss / (energy or 1.0),
-            macs=0.0,  # known once all parts of the weight are
+            loss=error(made.weights),
             bytes=made.bytes,
             held_out=None if judge is None else judge(made.weights),
             measured=_measured(model, problem, dense, made.weights / scale, judges),
@@ -219,7 +220,7 @@ def _solve(
         label = entry.kind if entry.level is not None else entry.label
         tensors |= {key(name, label, part): tensor for part, tensor in stored.items()}
         notes |= dict.fromkeys(made.notes)
-    return _Solved(problem, statistics, energy, entries, tensors, tuple(notes))
+    return _Solved(problem, statistics, energy, elsewhere, entries, tensors, tuple(notes))
 
 
 def _error(dense: Tensor, scale: Tensor, statistics: Statistics) -> tuple[Callable[[Tensor], float], float]:
@@ -243,6 +244,24 @@ def _measured(model: nn.Module, problem: Problem, dense: Tensor, V: Tensor, judg
         problem.write(dense)
 
 
+def _completed(
+    entry: Entry, macs: float, energy: float, elsewhere: float, cost: Callable[[Entry], float] | None
+) -> Entry:
+    """The entry with its share of the weight's MACs, and its losses over the output energy of all the weight's parts."""
+    entry = dataclasses.replace(
+        entry,
+        macs=macs * (1 - entry.sparsity),
+        relative=entry.loss / (energy or 1.0),
+        held_out=None if entry.held_out is None else entry.held_out / (elsewhere or 1.0),
+    )
+    if cost is None:
+        return entry
+    value = float(cost(entry))
+    if not math.isfinite(value):
+        raise NumericalError(f"cost gave {value} for {entry.problem}, {entry.label}; it must be a finite number.")
+    return dataclasses.replace(entry, cost=value)
+
+
 def _figure(model: nn.Module, evaluate: Callable[[nn.Module], float]) -> float:
     with torch.no_grad():
         value = float(evaluate(model))
@@ -258,6 +277,7 @@ def _finished(database: Database, parts: Sequence[_Solved], macs: float, judges:
     weight = parts[0].problem.weight
     left, layers, tensors = dict(database.left), dict(database.layers), dict[str, Tensor]()
     work = [part.statistics.tokens * part.problem.height * part.problem.d if part.statistics else 0 for part in parts]
+    energy, elsewhere = sum(part.energy for part in parts), sum(part.elsewhere for part in parts)
     for part, share in zip(parts, work, strict=True):
         name, statistics = part.problem.name, part.statistics
         if statistics is None:
@@ -265,9 +285,7 @@ def _finished(database: Database, parts: Sequence[_Solved], macs: float, judges:
             report({"kind": "message", "text": f"{name}: no calibration batch reached it; it stays as it is."})
             continue
         own = macs * share / (sum(work) or 1)
-        entries = [dataclasses.replace(entry, macs=own * (1 - entry.sparsity)) for entry in part.entries]
-        if judges.cost is not None:
-            entries = [dataclasses.replace(entry, cost=float(judges.cost(entry))) for entry in entries]
+        entries = [_completed(entry, own, energy, elsewhere, judges.cost) for entry in part.entries]
         rows, d = part.problem.height, part.problem.d
         layers[name] = Layer(
             name,

@@ -36,8 +36,9 @@ class Entry:
 
     - `kind`: `dense`, or one of `Contents.kinds`; `asked` is the level's sparsity where the kind has levels; `sparsity` the
       share of zeros that there are; `bits` of each weight where they are on a grid.
-    - `loss`: ||(W - V) X||² / tokens on the samples it was solved on; `relative` and `held_out`: the same over ||W X||²,
-      there and on held-out samples. `measured`: what the user's `evaluate` rose by with this layer alone replaced.
+    - `loss`: ||(W - V) X||² / tokens on the samples it was solved on. `relative` and `held_out`: the same over ||W X||² of
+      the whole weight, there and on held-out samples, so that the parts of a grouped or split layer add up to the layer's.
+      `measured`: what the user's `evaluate` rose by with this problem alone replaced.
     - `macs`: multiply-adds of non-zero weights in one forward of the first batch. `bytes`: in the smallest exact form.
       `cost`: what the user's function gave.
     - `solver` and `damping`: how it was solved; `level`: its place among the levels of a nested kind.
@@ -45,13 +46,13 @@ class Entry:
 
     problem: str
     kind: str
-    asked: float | None
-    sparsity: float
-    bits: int | None
-    loss: float
-    relative: float
-    macs: float
-    bytes: int
+    asked: float | None = None
+    sparsity: float = 0.0
+    bits: int | None = None
+    loss: float = 0.0
+    relative: float = 0.0
+    macs: float = 0.0
+    bytes: int = 0
     held_out: float | None = None
     measured: float | None = None
     cost: float | None = None
@@ -209,6 +210,7 @@ def write_index(database: Database) -> None:
             for name, stored in database.weights.items()
         },
     }
+    index["checksum"] = _checksum_of(index)
     text = json.dumps(index, indent=1, allow_nan=False)
     write_atomically(database.folder / INDEX, lambda temporary: temporary.write_text(text, encoding="utf-8"))
 
@@ -237,6 +239,8 @@ def read(folder: Path) -> Database:
             raise ArtefactError(
                 f"{path} has version {index['version']}, this featherweight reads {VERSION}. Update it, or build anew."
             )
+        if index.pop("checksum") != _checksum_of(index):
+            raise ArtefactError(f"{path} is damaged: its checksum does not fit. {_REBUILD}")
         database = _parsed(folder, index)
     except FileNotFoundError as error:
         raise ArtefactError(f"{folder} holds no database: there is no {INDEX}. Make one with build.") from error
@@ -281,6 +285,10 @@ def _contents(fields: Mapping[str, Any]) -> Contents:
         return tuple(frozen(item) for item in value) if isinstance(value, list) else value
 
     return Contents(**{name: frozen(value) for name, value in fields.items()})
+
+
+def _checksum_of(index: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(index, sort_keys=True).encode()).hexdigest()
 
 
 def _checksum(path: Path) -> str:

@@ -40,6 +40,11 @@ _TILE_LEVELS, _WEIGHT_LEVELS = 29, 44
 _NOT_REFITTED = ("magnitude", "wanda", "sparsegpt")
 
 
+def _elimination(rows: int, d: int) -> float:
+    """1e9 multiply-adds of ExactOBS on rows x d."""
+    return 0.41 * rows * d**3 / 1e9
+
+
 def default_levels(pattern: Pattern) -> tuple[float, ...]:
     """Sparsities whose densities fall by a tenth a level, the paper's: to 0.99 for single weights, to 0.95 for others.
 
@@ -57,10 +62,11 @@ class Contents:
     - `patterns`: `weight`, `RxC` tiles and `column` at each of `levels` (sparsities; None: `default_levels`), N:M as it is.
     - `bits`: weights on grids of so many bits, asymmetric unless `symmetric`, one scale a row or for every `chunk` columns.
     - `joint`: zeros and a grid together: (pattern, sparsity, bits), with None as the sparsity of N:M.
-    - `solver`: for zeros. `exact_obs` gives all levels by one elimination and stores them nested; where `work` (1e9
-      multiply-adds a pattern, see `prune`) does not pay for it, and for any other name or `best`, each level is solved and
-      stored by itself with its share of `work`.
-    - `layers`: globs. `block`: input channels are split so that no problem has more columns, each block with its entries.
+    - `solver`: for zeros. `exact_obs` gives all levels by one elimination and stores them nested. Any other name, or
+      `best`, solves and stores each level by itself with its share of `work`.
+    - `work`: 1e9 multiply-adds that one elimination, or one quantization, may take. Wider layers than that pays for are
+      split into blocks of input channels, each a problem with entries of its own; so are those of more than `block` columns.
+    - `layers`: globs.
     - `damping`: as in `prune`.
 
     Raises `OptionError`.
@@ -79,7 +85,7 @@ class Contents:
     layers: tuple[str, ...] = ("*",)
     block: int | None = None
     damping: float = 1e-4
-    work: float = 1000.0
+    work: float = 5000.0
 
     def __post_init__(self) -> None:
         for pattern in self.patterns:
@@ -116,6 +122,14 @@ class Contents:
             for pattern, sparsity, bits in self.joint
         ]
         return (*self.patterns, *(f"{bits} bit" for bits in self.bits), *joint)
+
+    def widest(self, rows: int, d: int) -> int:
+        """The most columns that problems of a layer of rows x d may have."""
+        most = d if self.block is None else min(d, self.block)
+        if self.solver == "exact_obs" and _elimination(rows, most) * d / most > self.work:
+            # Blocks of b columns take rows d b² together.
+            most = max(1, math.isqrt(int(self.work / (_elimination(rows, d) / d**2))))
+        return most
 
     def levels_of(self, pattern: Pattern) -> tuple[float, ...]:
         return default_levels(pattern) if self.levels is None else self.levels
@@ -197,7 +211,8 @@ def _pruned(solving: _Solving, pattern: str, run: int | None) -> Iterator[Made]:
         W, H, pattern, levels[-1], run=run, damping=contents.damping, budget_bytes=options["budget_bytes"]
     )
     solver = contents.solver
-    affords = solver == "best" or PRUNERS[solver].work(problem) <= contents.work
+    groups = math.ceil(problem.rows / problem.units.rows)
+    affords = solver != "exact_obs" or _elimination(groups, problem.d) <= contents.work
     if solver == "exact_obs" and affords and levels[0] is not None:
         yield from _nested(W, problem.W, problem.damped, problem.units, pattern, contents, options["budget_bytes"])
         return
@@ -225,7 +240,7 @@ def _pruned(solving: _Solving, pattern: str, run: int | None) -> Iterator[Made]:
             solver=found.solver,
             damping=damping,
             tensors={"mask": _fields(chosen, 1)},
-            notes=found.notes,
+            notes=found.notes if affords else (*found.notes, f"{pattern}: work does not pay for exact_obs."),
         )
 
 
