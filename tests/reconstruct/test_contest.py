@@ -1,9 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """With a judge, what is delivered is what does best on samples that no solver saw, and never worse than the simple method."""
 
+import itertools
 import math
 from collections.abc import Callable
 
+import numpy as np
 import pytest
 import torch
 
@@ -92,10 +94,39 @@ def test_a_judge_that_gives_nan_is_not_believed() -> None:
         _prune(W, H, judge=lambda V: math.nan)
 
 
-def test_each_family_gets_what_is_left_of_the_budget() -> None:
-    work = {"a": 10.0, "b": 4.0, "c": 5.0, "d": 1.0}
-    families = [["a", "b"], ["c", "d"]]
-    assert affordable(families, work.__getitem__, 15.0) == ["a", "c"]
-    assert affordable(families, work.__getitem__, 14.0) == ["a", "d"]
-    assert affordable(families, work.__getitem__, 9.0) == ["b", "c"]
-    assert affordable(families, work.__getitem__, 3.0) == ["b"]
+def test_the_dearest_that_the_budget_pays_for_is_taken_or_else_the_last() -> None:
+    work = {"a": 10.0, "b": 4.0, "c": 1.0}
+    chosen = [affordable(["a", "b", "c"], work.__getitem__, budget) for budget in (10.0, 9.0, 2.0, 0.0)]
+    assert chosen == ["a", "b", "c", "c"]
+
+
+def few_samples(count: int) -> tuple[torch.Tensor, torch.Tensor, np.ndarray]:
+    """W, H of that many samples of 24 inputs, and 4000 other samples."""
+    W, _, X = layer(8, 24, samples=4000 + count)
+    return W, torch.from_numpy(2 * X[:, :count] @ X[:, :count].T / count), X[:, count:]
+
+
+@pytest.mark.parametrize(("solve", "samples"), [(_prune, 60), (_quantize, 40)])
+def test_where_samples_are_few_more_damping_is_tried_and_does_better(solve: Solve, samples: int) -> None:
+    W, H, X = few_samples(samples)
+
+    def judge(V: torch.Tensor) -> float:
+        return output_error(W, V, X)
+
+    alone, judged = solve(W, H), solve(W, H, judge=judge)
+    assert judged.damping > alone.damping
+    assert f"damping {judged.damping:g}" in judged.solver
+    assert judge(judged.weights) < 0.97 * judge(alone.weights)
+    assert judged.work > alone.work
+    poor = solve(W, H, judge=judge, work=alone.work)
+    assert not any("damping" in name for name in poor.judged)
+
+
+def test_damping_climbs_no_further_than_the_judge_likes() -> None:
+    W, H, X = layer(8, 24)
+    result = _prune(W, H, judge=lambda V: output_error(W, V, X))
+    tried = [name for name in result.judged if "damping" in name]
+    assert len(tried) >= 1
+    values = [result.judged[tried[0].split(",")[0]], *(result.judged[name] for name in tried)]
+    assert all(after < before for before, after in itertools.pairwise(values[:-1]))
+    assert values[-1] >= values[-2] or tried[-1].endswith("0.1")

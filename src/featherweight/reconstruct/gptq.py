@@ -25,20 +25,22 @@ def gptq(problem: Quantization, activation_order: bool = True) -> Tensor:
     if activation_order:
         order = problem.damped.H.diagonal().argsort(descending=True, stable=True)
     factor = upper_factor(problem.damped.H[order][:, order])
-    step, zero_point = grid.at(order)
-    W, held = problem.W[:, order], problem.held[:, order]
+    # (d, rows) from here on: what is done column by column then reads and writes memory in one piece.
+    step, zero_point = (values.T.contiguous() for values in grid.at(order))
+    W, held = problem.W[:, order].T.contiguous(), problem.held[:, order].T.contiguous()
     rounded = torch.empty_like(W)
     for start in range(0, d, _BLOCK):
         stop = min(start + _BLOCK, d)
-        errors = torch.empty_like(W[:, start:stop])
+        errors = torch.empty_like(W[start:stop])
         for j in range(start, stop):
-            q = (W[:, j] / step[:, j] + zero_point[:, j]).round_().clamp_(grid.low, grid.high)
-            rounded[:, j] = torch.where(held[:, j], zero_point[:, j], q)
-            error = (W[:, j] - step[:, j] * (rounded[:, j] - zero_point[:, j])) / factor[j, j]
-            W[:, j:stop] -= error[:, None] * factor[j, j:stop]
-            errors[:, j - start] = error
-        W[:, stop:] -= errors @ factor[start:stop, stop:]
-    return torch.empty_like(rounded, dtype=torch.int32).scatter_(1, order.expand_as(rounded), rounded.to(torch.int32))
+            q = (W[j] / step[j] + zero_point[j]).round_().clamp_(grid.low, grid.high)
+            rounded[j] = torch.where(held[j], zero_point[j], q)
+            error = (W[j] - step[j] * (rounded[j] - zero_point[j])) / factor[j, j]
+            W[j:stop].addr_(factor[j, j:stop], error, alpha=-1)
+            errors[j - start] = error
+        W[stop:].addmm_(factor[start:stop, stop:].T, errors, alpha=-1)
+    integers = torch.empty(len(problem.W), d, dtype=torch.int32, device=W.device)
+    return integers.scatter_(1, order.expand(len(problem.W), -1), rounded.T.to(torch.int32))
 
 
 def upper_factor(H: Tensor) -> Tensor:

@@ -18,7 +18,7 @@ from featherweight.grids import Grid, GridSpec, fit_grid
 from featherweight.patterns import Pattern
 from featherweight.reconstruct.admm import admm_joint
 from featherweight.reconstruct.baselines import magnitude
-from featherweight.reconstruct.contest import Judge, contest
+from featherweight.reconstruct.contest import Judge, Rules, contest
 from featherweight.reconstruct.hessian import layer_loss
 from featherweight.reconstruct.problem import Pruning, Quantization, pruning
 from featherweight.reconstruct.pruning import prune
@@ -74,14 +74,17 @@ def prune_and_quantize(
         weights = scales.values(integers).to(W.dtype)
         return weights, (weights, integers, scales, pruned)
 
-    found = contest(list(ways), solve, lambda V: layer_loss(W, V, H), judge, _SIMPLE)
+    work_of = {_SIMPLE: 0.0, f"in turn, {greedy}": QUANTIZERS[greedy].work(held)}
+    dear = QUANTIZERS["admm+polish"].work(held)
+    rules = Rules(lambda V: layer_loss(W, V, H), judge, _SIMPLE, lambda name: work_of.get(name, dear), work)
+    found = contest(list(ways), solve, rules)
     return Quantized(
         *found.answer,
         found.losses[found.name],
         found.name,
         found.losses,
         found.judged,
-        sparse.work + 2 * QUANTIZERS["admm+polish"].work(held) + QUANTIZERS[greedy].work(held),
+        sparse.work + found.spent,
         problem.damped.damping,
         (*problem.damped.notes, *found.notes),
     )

@@ -16,9 +16,9 @@ from torch import Tensor
 from featherweight.patterns import Pattern
 from featherweight.reconstruct import baselines
 from featherweight.reconstruct.admm import admm_mask
-from featherweight.reconstruct.contest import Judge, affordable, contest, entrants
+from featherweight.reconstruct.contest import Judge, Rules, affordable, climb, contest, entrants
 from featherweight.reconstruct.exact_obs import eliminate
-from featherweight.reconstruct.hessian import layer_loss
+from featherweight.reconstruct.hessian import Damped, damp, layer_loss
 from featherweight.reconstruct.problem import Pruning, pruning
 from featherweight.reconstruct.refit import refit_rows
 from featherweight.reconstruct.swap import swap
@@ -76,11 +76,12 @@ def prune(
     - `pattern`: `weight`, `N:M` (keeps N of M), `RxC` tiles, `column`, or sets of columns that go together.
     - `sparsity`: share of zeros in the matrix, over all rows together; tiles and columns reach at least that. N:M says
       it itself.
-    - `solver`: a key of `PRUNERS`, or `best`: those that `work` (1e9 multiply-adds) pays for, and the lowest loss wins.
+    - `solver`: a key of `PRUNERS`, or `best`: the baselines and the best search that costs no more than ExactOBS would,
+      nor than `work` (1e9 multiply-adds); the lowest loss wins.
     - `run`: input channels at one kernel position, which N:M groups and tiles do not cross; columns are those channels.
     - `damping`: relative to H's mean diagonal, a ridge toward W (see `damp`). `budget_bytes`: memory for batches of rows.
     - `judge`: the loss of weights (rows, d) in the layer's place on held-out samples. With one, the lowest judged loss
-      wins, and magnitude is delivered rather than anything that is worse than it.
+      wins, magnitude is delivered rather than anything that is worse than it, and `best` tries more damping as well.
 
     Raises `OptionError` and `NumericalError`.
 
@@ -90,15 +91,19 @@ def prune(
     (tensor([[0.0000, 2.9000]]), 0.095)
     """
     problem = pruning(W, H, pattern, sparsity, run=run, damping=damping, budget_bytes=budget_bytes)
-    names = entrants(solver, lambda: _best(problem, work), PRUNERS, _SIMPLE, judge is not None)
+    rules = Rules(lambda V: layer_loss(W, V, H), judge, _SIMPLE, lambda name: PRUNERS[name].work(problem), work)
+    names = entrants(solver, lambda: _best(problem, rules), PRUNERS, rules)
 
-    def solve(name: str) -> tuple[Tensor, tuple[Tensor, Tensor]]:
-        weights, pruned = PRUNERS[name].run(problem)
-        weights = torch.where(problem.damped.dead & ~pruned, W, weights.to(W.dtype))
-        return weights, (weights, pruned)
+    def solve(name: str, damping: float | None = None) -> tuple[Tensor, tuple[Tensor, Tensor, Damped]]:
+        own = problem if damping is None else dataclasses.replace(problem, damped=damp(H, damping))
+        weights, pruned = PRUNERS[name].run(own)
+        weights = torch.where(own.damped.dead & ~pruned, W, weights.to(W.dtype))
+        return weights, (weights, pruned, own.damped)
 
-    found = contest(names, solve, lambda V: layer_loss(W, V, H), judge, _SIMPLE)
-    weights, pruned = found.answer
+    found = contest(names, solve, rules)
+    if solver == "best" and judge is not None:
+        found = climb(found, names[-1], solve, rules, problem.damped.damping)
+    weights, pruned, damped = found.answer
     return Pruned(
         weights,
         pruned,
@@ -106,17 +111,21 @@ def prune(
         found.name,
         found.losses,
         found.judged,
-        sum(PRUNERS[name].work(problem) for name in names),
-        problem.damped.damping,
+        found.spent,
+        damped.damping,
         (*problem.damped.notes, *found.notes),
     )
 
 
-def _best(problem: Pruning, work: float) -> list[str]:
-    """What `best` tries: the baselines, and of each of two families the best solver that what is left of `work` pays for."""
-    families = [[name for name in family if _takes(problem, name)] for family in _FAMILIES]
-    baselines = [name for name in _BASELINES if _takes(problem, name)]
-    return baselines + affordable(families, lambda name: PRUNERS[name].work(problem), work)
+def _best(problem: Pruning, rules: Rules) -> list[str]:
+    """What `best` tries: the baselines, and the dearest search that costs no more than ExactOBS would.
+
+    Or than ADMM, where rows are so few that ExactOBS is the cheaper of the two. It never runs ExactOBS itself: that has
+    ended above ADMM on every layer it was held against.
+    """
+    baselines, search = ([name for name in names if _takes(problem, name)] for names in (_BASELINES, _SEARCH))
+    budget = min(rules.budget, max(rules.work("exact_obs"), rules.work("admm")))
+    return [*baselines, affordable(search, rules.work, budget)]
 
 
 def _takes(problem: Pruning, name: str) -> bool:
@@ -159,17 +168,22 @@ def _refit_work(problem: Pruning) -> float:
 
 
 def _obs_work(problem: Pruning) -> float:
-    return problem.rows / min(problem.rows, problem.units.rows) * 0.41 * problem.d**3 / 1e9 + _refit_work(problem)
+    # A step is some twenty calls, which take as long as a million multiply-adds: what counts where layers are small.
+    steps = len(problem.units.columns) / 1e3
+    groups = problem.rows / min(problem.rows, problem.units.rows)
+    return groups * 0.41 * problem.d**3 / 1e9 + steps + _refit_work(problem)
 
 
 def _admm_work(problem: Pruning, stages: int = 12, each: int = 10) -> float:
-    return stages * (problem.d**3 + each * problem.rows * problem.d**2) / 1e9 + _refit_work(problem)
+    # A factor and an inverse a stage; iterations in float32 count half.
+    return stages * (problem.d**3 + each * problem.rows * problem.d**2) / 2e9 + _refit_work(problem)
 
 
-def _swap_work(problem: Pruning) -> float:
+def _swap_work(problem: Pruning, swaps: int = 8) -> float:
     kept = _kept(problem)
-    table = kept**3 + 2 * kept**2 * max(64, kept / 2)
-    return problem.rows * (table + 8 * (1.5 * kept) ** 2) / 1e9 + _refit_work(problem)
+    beside = problem.d - kept if problem.units.quota is not None else min(problem.d - kept, max(64, kept / 2))
+    # A swap is two updates of the table, which wait for memory and not for arithmetic: eight times what is counted.
+    return problem.rows * (kept**3 + 2 * kept**2 * beside + 8 * swaps * 2 * (kept + beside) ** 2) / 1e9
 
 
 def _cheap(problem: Pruning) -> float:
@@ -199,7 +213,7 @@ PRUNERS: dict[str, Pruner] = {
     ),
 }
 
-# What `best` compares with, and what it chooses from: in each family the dearest first.
+# What `best` compares with, and what it chooses from, the dearest first.
 _SIMPLE = "magnitude"
 _BASELINES = (_SIMPLE, "wanda", "sparsegpt")
-_FAMILIES = (("admm+swap", "admm", "sparsegpt+refit", "magnitude+refit"), ("exact_obs+swap", "exact_obs"))
+_SEARCH = ("admm+swap", "admm", "sparsegpt+refit", "magnitude+refit")

@@ -17,17 +17,15 @@ from featherweight.errors import OptionError
 from featherweight.grids import Grid, GridSpec, fit_grid
 from featherweight.reconstruct.adaround import STEPS, adaround
 from featherweight.reconstruct.admm import admm_grid
-from featherweight.reconstruct.contest import Judge, affordable, contest, entrants
+from featherweight.reconstruct.contest import Judge, Rules, affordable, climb, contest, entrants
 from featherweight.reconstruct.descent import coordinate_descent, set_descent
 from featherweight.reconstruct.gptq import gptq
-from featherweight.reconstruct.hessian import check_weights, damp, layer_loss
+from featherweight.reconstruct.hessian import Damped, check_weights, damp, layer_loss, row_losses
 from featherweight.reconstruct.obq import obq
 from featherweight.reconstruct.problem import Quantization
 from featherweight.reconstruct.scales import least_squares_scales
 
 __all__ = ["QUANTIZERS", "Quantized", "Quantizer", "quantize"]
-
-_ROUNDS = 3
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -80,7 +78,8 @@ def quantize(
 
     - `grid`: a `GridSpec`, fitted to W by itself, or a `Grid` as it is. Solvers that end in `+polish` may then improve its
       scales for the layer's error, unless `fit_scales` is False.
-    - `solver`: a key of `QUANTIZERS`, or `best`: those that `work` (1e9 multiply-adds) pays for, and the lowest loss wins.
+    - `solver`: a key of `QUANTIZERS`, or `best`: nearest, GPTQ and the best search that `work` (1e9 multiply-adds) pays
+      for; the lowest loss wins.
     - `keep_zeros`: weights that are zero, pruned ones, stay exactly zero.
     - `damping`, `budget_bytes`, `judge`: as in `prune`; the simple method is nearest.
 
@@ -101,39 +100,46 @@ def quantize(
         )
     held = (W == 0) if keep_zeros else torch.zeros_like(W, dtype=torch.bool)
     problem = Quantization(W.detach().double(), damped, grid, held, fit_scales, budget_bytes)
-    names = entrants(solver, lambda: _best(problem, work), QUANTIZERS, _SIMPLE, judge is not None)
+    rules = Rules(lambda V: layer_loss(W, V, H), judge, _SIMPLE, lambda name: QUANTIZERS[name].work(problem), work)
+    names = entrants(solver, lambda: [*_BASELINES, affordable(_SEARCH, rules.work, work)], QUANTIZERS, rules)
 
-    def solve(name: str) -> tuple[Tensor, tuple[Tensor, Tensor, Grid]]:
-        integers, grid = QUANTIZERS[name].run(problem)
+    def solve(name: str, damping: float | None = None) -> tuple[Tensor, tuple[Tensor, Tensor, Grid, Damped]]:
+        own = problem if damping is None else dataclasses.replace(problem, damped=damp(H, damping))
+        integers, grid = QUANTIZERS[name].run(own)
         weights = grid.values(integers).to(W.dtype)
-        return weights, (weights, integers, grid)
+        return weights, (weights, integers, grid, own.damped)
 
-    found = contest(names, solve, lambda V: layer_loss(W, V, H), judge, _SIMPLE)
+    found = contest(names, solve, rules)
+    if solver == "best" and judge is not None:
+        found = climb(found, names[-1], solve, rules, damped.damping)
+    weights, integers, grid, used = found.answer
     return Quantized(
-        *found.answer,
+        weights,
+        integers,
+        grid,
         held,
         found.losses[found.name],
         found.name,
         found.losses,
         found.judged,
-        sum(QUANTIZERS[name].work(problem) for name in names),
-        damped.damping,
+        found.spent,
+        used.damping,
         (*damped.notes, *found.notes),
     )
 
 
-def _best(problem: Quantization, work: float) -> list[str]:
-    """What `best` tries: the baselines, and of each of two families the best solver that what is left of `work` pays for."""
-    return [*_BASELINES, *affordable(_FAMILIES, lambda name: QUANTIZERS[name].work(problem), work)]
+def search(problem: Quantization) -> tuple[Tensor, Grid]:
+    """ADMM, or GPTQ in the rows where that is better, and the polish. Rows are independent, so each has its best start."""
+    starts = torch.stack((admm_grid(problem), gptq(problem)))
+    losses = torch.stack([row_losses(problem.W, problem.grid.values(one), problem.damped.H) for one in starts])
+    start = starts.gather(0, losses.argmin(0)[None, :, None].expand(1, -1, problem.d))[0]
+    return polish(problem, start)
 
 
 def polish(problem: Quantization, integers: Tensor) -> tuple[Tensor, Grid]:
     """Single columns and scales in turn, then sets of columns, then both once more; the loss never rises."""
-    integers = coordinate_descent(problem, integers)
-    for _ in range(_ROUNDS):
-        problem, integers = _rescaled(problem, integers)
-    integers = set_descent(problem, integers)
-    problem, integers = _rescaled(problem, integers)
+    problem, integers = _rescaled(problem, coordinate_descent(problem, integers))
+    problem, integers = _rescaled(problem, set_descent(problem, integers))
     return integers, problem.grid
 
 
@@ -169,16 +175,17 @@ def _obq_work(problem: Quantization) -> float:
 
 
 def _admm_work(problem: Quantization) -> float:
-    return 12 * (problem.d**3 + 10 * problem.rows * problem.d**2) / 1e9
+    # A factor and an inverse a stage; iterations in float32 count half.
+    return 12 * (problem.d**3 + 10 * problem.rows * problem.d**2) / 2e9
 
 
 def _adaround_work(problem: Quantization) -> float:
-    return STEPS * _square(problem)
+    return STEPS * _square(problem) / 2  # float32
 
 
 def _polish_work(problem: Quantization) -> float:
-    # Five descents that stop after some three sweeps, four passes over sets, four fits of scales.
-    return 30 * _square(problem)
+    # Three descents that stop after some four sweeps, four passes over sets, two fits of scales.
+    return 20 * _square(problem)
 
 
 QUANTIZERS: dict[str, Quantizer] = {
@@ -190,10 +197,10 @@ QUANTIZERS: dict[str, Quantizer] = {
     "adaround": Quantizer(_on_grid(adaround), _adaround_work),
     "adaround+polish": Quantizer(_polished(adaround), lambda p: _adaround_work(p) + _polish_work(p)),
     "admm": Quantizer(_on_grid(admm_grid), _admm_work),
-    "admm+polish": Quantizer(_polished(admm_grid), lambda p: _admm_work(p) + _polish_work(p)),
+    "admm+polish": Quantizer(search, lambda p: _admm_work(p) + _gptq_work(p) + _polish_work(p)),
 }
 
-# What `best` compares with, and what it chooses from: in each family the dearest first.
+# What `best` compares with, and what it chooses from, the dearest first.
 _SIMPLE = "nearest"
 _BASELINES = (_SIMPLE, "gptq")
-_FAMILIES = (("admm+polish", "gptq+polish"), ("obq+polish",))
+_SEARCH = ("admm+polish", "gptq+polish")
