@@ -8,6 +8,7 @@ from torch.nn.utils import parametrizations
 
 from featherweight.errors import NothingToCompress
 from featherweight.layers import call_order, from_matrix, matches, select, to_matrix, weights
+from tests.layers.oracles import Conv1D
 
 CONVS = [
     nn.Conv1d(4, 6, 3),
@@ -58,6 +59,16 @@ def test_depthwise_is_seen_also_with_a_multiplier() -> None:
     assert not weight.depthwise
     [weight], _ = weights(nn.Conv2d(1, 8, 3))
     assert not weight.depthwise
+
+
+@pytest.mark.parametrize("real", [False, True])
+def test_transformers_conv1d_is_a_linear_layer_stored_in_x_out(real: bool) -> None:
+    layer = pytest.importorskip("transformers.pytorch_utils").Conv1D(3, 5) if real else Conv1D(3, 5)
+    [weight], left = weights(nn.Sequential(layer))
+    assert (weight.kind, weight.columns_per_tap, left) == ("transposed linear", 5, {})
+    matrix, x = to_matrix(weight, layer.weight.detach()), torch.randn(4, 5)
+    assert torch.equal(from_matrix(weight, matrix), layer.weight)
+    torch.testing.assert_close(layer(x), x @ matrix.T + layer.bias)
 
 
 def test_ties_count_once_under_the_first_name() -> None:

@@ -147,11 +147,12 @@ def watch(
 
 def _refuse_not_finite(use: Use, read: Sequence[Input], where: str) -> None:
     for one in read:
-        # A sum is not finite wherever a term is not, and reads the tensor once; it may overflow where no term does.
-        if not bool(torch.isfinite(one.x.sum())) and not bool(torch.isfinite(one.x).all()):
+        # Not finite wherever a value is not, or where squares, which are what will be summed, overflow.
+        if one.x.is_floating_point() and not bool(torch.linalg.vector_norm(one.x).isfinite()):
             raise NumericalError(
-                f"{use.name or 'The model'}: what {use.leaf} reads holds NaN or infinity in {where} of the data. Nothing "
-                "was changed. Look at that batch, and at the layers before this one: half precision overflows at 65504."
+                f"{use.name or 'The model'}: what {use.leaf} reads holds NaN, infinity or numbers whose squares overflow, "
+                f"in {where} of the data. Nothing was changed. Look at that batch, and at the layers before this one: half "
+                "precision overflows at 65504."
             )
 
 
