@@ -12,8 +12,9 @@ import torch.nn.functional as F
 from torch import nn
 
 from featherweight.layers import problems, split
-from tests.layers.oracles import Conv1D, (
+from tests.layers.oracles import (
     Attend,
+    Conv1D,
     answers,
     arguments,
     assert_same_loss,
