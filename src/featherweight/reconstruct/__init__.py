@@ -2,7 +2,9 @@
 """Compression after training: solvers as pure functions of a weight W (rows, d) and its layer Hessian H (d, d), the walk
 over a model's layers, and the database of every layer at every level."""
 
+from featherweight.reconstruct.contest import Judge
 from featherweight.reconstruct.exact_obs import Elimination, eliminate, eliminate_again, eliminate_with_traces
+from featherweight.reconstruct.gradients import refit_by_gradients
 from featherweight.reconstruct.hessian import Damped, damp, layer_loss
 from featherweight.reconstruct.joint import prune_and_quantize
 from featherweight.reconstruct.method import Reconstruct
@@ -16,6 +18,7 @@ __all__ = [
     "QUANTIZERS",
     "Damped",
     "Elimination",
+    "Judge",
     "Pruned",
     "Quantized",
     "Reconstruct",
@@ -29,5 +32,6 @@ __all__ = [
     "prune_and_quantize",
     "quantize",
     "refit",
+    "refit_by_gradients",
     "units_of",
 ]
