@@ -12,7 +12,7 @@ import dataclasses
 import math
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
@@ -84,44 +84,33 @@ def build(
     A killed run goes on after the last weight that it finished, given the same model, contents and first batch, and
     refuses others; `overwrite` begins anew. Layers that the data never reached are in `Database.left` with the reason.
     Raises `ArtefactError`, `DataError`, `OptionError`, `NothingToCompress` and `NumericalError`.
+
+    >>> import tempfile
+    >>> model, data = nn.Sequential(nn.Linear(8, 4)), [torch.randn(32, 8)]
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     database = build(model, data, lambda model, batch: model(batch), folder, Contents(levels=(0.5, 0.9)))
+    >>> [entry.label for entry in database.entries("0.weight")]
+    ['dense', 'weight 0.5', 'weight 0.9', '2:4', '1x4 0.5', '1x4 0.9', '4 bit', '3 bit', '2 bit', '2:4 + 4 bit']
     """
     contents = Contents() if contents is None else contents
-    folder = Path(folder)
     todo, left = named_problems(model, contents)
-    for data in (batches, held_out):
-        if isinstance(data, Iterator):
-            raise DataError(
-                "the data is a one-shot iterator, and layers need several passes: give a list or a DataLoader."
-            )
-    first = next(iter(batches), None)
-    if first is None:
-        raise DataError("the calibration data yields no batch: check the data set and drop_last.")
+    first = _first(batches, held_out)
     weight_macs, all_macs = dense_macs(model, forward, first)
+    size = sum(tensor.nbytes for tensor in tensors_and_ties(model)[0].values())
+    given = {"held_out": held_out, "measured": evaluate, "cost": cost}
     about = {
         "first batch": fingerprint(leaf for leaf in tree_leaves(first) if isinstance(leaf, Tensor)),
-        "figures": [name for name, given in (("held_out", held_out), ("measured", evaluate), ("cost", cost)) if given],
+        "figures": [name for name, figure in given.items() if figure is not None],
     }
-    size = sum(tensor.nbytes for tensor in tensors_and_ties(model)[0].values())
-    fresh = Database(folder, contents, {}, {}, all_macs, size, left, about, complete=False)
+    fresh = Database(Path(folder), contents, {}, {}, all_macs, size, left, about, complete=False)
     database = _resumed(fresh, model, overwrite)
     todo = [problem for problem in todo if problem.weight.name not in database.weights]
-    judges = _Judges(held_out, evaluate, _figure(model, evaluate) if evaluate and todo else 0.0, cost)
-    missing = Counter(problem.weight.name for problem in todo)
-    total, pending = len(database.weights) + len(missing), dict[str, list[_Solved]]()
-    for group in passes(todo, max(1, budget_bytes // (4 if held_out else 2)), False):
-        found = collect(model, group, batches, forward)
-        judged = collect(model, group, held_out, forward) if held_out else {}
-        for problem in group:
-            started = time.monotonic()
-            name = problem.weight.name
-            statistics = found.pop(problem.name, None)
-            other = judged.pop(problem.name, None)
-            solved = _solve(model, problem, statistics, other, contents, judges, budget_bytes // 2)
-            pending.setdefault(name, []).append(dataclasses.replace(solved, seconds=time.monotonic() - started))
-            missing[name] -= 1
-            if not missing[name]:
-                database = _finished(database, pending.pop(name), weight_macs.get(name, 0.0), judges, report)
-                report({"kind": "step", "step": len(database.weights), "total": total})
+    dense = _figure(model, evaluate) if evaluate is not None and todo else 0.0
+    judges = _Judges(held_out, evaluate, dense, cost)
+    total = len(database.weights) + len({problem.weight.name for problem in todo})
+    for parts in _solved(model, todo, batches, forward, contents, judges, budget_bytes):
+        database = _finished(database, parts, weight_macs, judges, report)
+        report({"kind": "step", "step": len(database.weights), "total": total})
     if not database.layers:
         raise NothingToCompress(f"no layer was reached by the calibration data: {database.left}.")
     database = dataclasses.replace(database, complete=True)
@@ -139,6 +128,19 @@ def named_problems(model: nn.Module, contents: Contents) -> tuple[list[Problem],
     left = dict(left) | {name: "no glob of layers names it" for name in names if name not in chosen}
     found = [problem for problem in found if problem.weight.name in chosen]
     return [part for p in found for part in split(p, contents.widest(p.height, p.d))], left
+
+
+def _first(batches: Iterable[Any], held_out: Iterable[Any] | None) -> Any:
+    """The first batch, of data that can be gone through again."""
+    for data in (batches, held_out):
+        if isinstance(data, Iterator):
+            raise DataError(
+                "the data is a one-shot iterator, and layers take several passes: give a list or a DataLoader."
+            )
+    first = next(iter(batches), None)
+    if first is None:
+        raise DataError("the calibration data yields no batch: check the data set and drop_last.")
+    return first
 
 
 def row_scale(statistics: Statistics, rows: int) -> Tensor:
@@ -170,6 +172,35 @@ class _Solved:
     seconds: float = 0.0
 
 
+def _solved(
+    model: nn.Module,
+    todo: Sequence[Problem],
+    batches: Iterable[Any],
+    forward: Forward,
+    contents: Contents,
+    judges: _Judges,
+    budget_bytes: int,
+) -> Iterator[list[_Solved]]:
+    """All parts of a weight, weight after weight, as soon as the last of them is solved."""
+    missing = Counter(problem.weight.name for problem in todo)
+    pending: dict[str, list[_Solved]] = {}
+    sums = budget_bytes // (2 if judges.held_out is None else 4)
+    for group in passes(todo, max(1, sums), False):
+        found = collect(model, group, batches, forward)
+        judged = {} if judges.held_out is None else collect(model, group, judges.held_out, forward)
+        for problem in group:
+            name = problem.weight.name
+            seen = found.pop(problem.name, None), judged.pop(problem.name, None)
+            try:
+                part = _solve(model, problem, *seen, contents, judges, max(1, budget_bytes // 2))
+            except NumericalError as error:
+                raise NumericalError(f"{problem.name}: {error}") from error
+            pending.setdefault(name, []).append(part)
+            missing[name] -= 1
+            if not missing[name]:
+                yield pending.pop(name)
+
+
 def _solve(
     model: nn.Module,
     problem: Problem,
@@ -181,23 +212,14 @@ def _solve(
 ) -> _Solved:
     if statistics is None:
         return _Solved(problem, None, 0.0, 0.0, [], {}, ())
-    H = statistics.H
-    dense = problem.matrix()
+    began = time.monotonic()
+    H, dense, name = statistics.H, problem.matrix(), problem.name
     scale = row_scale(statistics, problem.height)
     W = (dense.to(H.device) * scale).to(dense.dtype)
     error, energy = _error(dense.to(H.device), scale, statistics)
     judge, elsewhere = (None, 0.0) if other is None else _error(dense.to(H.device), scale, other)
-    name, size = problem.name, dense.nbytes
-    unjudged, unmeasured = judge is None, judges.evaluate is None
-    entries = [
-        Entry(
-            problem=name,
-            kind="dense",
-            bytes=size,
-            held_out=None if unjudged else 0.0,
-            measured=None if unmeasured else 0.0,
-        )
-    ]
+    unjudged, unmeasured = None if judge is None else 0.0, None if judges.evaluate is None else 0.0
+    entries = [Entry(problem=name, kind="dense", bytes=dense.nbytes, held_out=unjudged, measured=unmeasured)]
     tensors: dict[str, Tensor] = {}
     notes: dict[str, None] = {}
     for made in entries_of(W, H, contents, run=problem.run, budget_bytes=budget_bytes, judge=judge):
@@ -220,7 +242,8 @@ def _solve(
         label = entry.kind if entry.level is not None else entry.label
         tensors |= {key(name, label, part): tensor for part, tensor in stored.items()}
         notes |= dict.fromkeys(made.notes)
-    return _Solved(problem, statistics, energy, elsewhere, entries, tensors, tuple(notes))
+    seconds = time.monotonic() - began
+    return _Solved(problem, statistics, energy, elsewhere, entries, tensors, tuple(notes), seconds)
 
 
 def _error(dense: Tensor, scale: Tensor, statistics: Statistics) -> tuple[Callable[[Tensor], float], float]:
@@ -272,7 +295,9 @@ def _figure(model: nn.Module, evaluate: Callable[[nn.Module], float]) -> float:
     return value
 
 
-def _finished(database: Database, parts: Sequence[_Solved], macs: float, judges: _Judges, report: Report) -> Database:
+def _finished(
+    database: Database, parts: Sequence[_Solved], macs: Mapping[str, float], judges: _Judges, report: Report
+) -> Database:
     """Writes one weight's file, then the index that names it; the database with it."""
     weight = parts[0].problem.weight
     left, layers, tensors = dict(database.left), dict(database.layers), dict[str, Tensor]()
@@ -284,7 +309,7 @@ def _finished(database: Database, parts: Sequence[_Solved], macs: float, judges:
             left[name] = "no calibration batch reached it"
             report({"kind": "message", "text": f"{name}: no calibration batch reached it; it stays as it is."})
             continue
-        own = macs * share / (sum(work) or 1)
+        own = macs.get(weight.name, 0.0) * share / (sum(work) or 1)
         entries = [_completed(entry, own, energy, elsewhere, judges.cost) for entry in part.entries]
         rows, d = part.problem.height, part.problem.d
         layers[name] = Layer(
@@ -341,7 +366,11 @@ def _resumed(fresh: Database, model: nn.Module, overwrite: bool) -> Database:
         ("other figures", found.about["figures"], fresh.about["figures"]),
     ):
         if old != new:
-            detail = f": {_difference(old, new)}" if what != "other data" else ": its first batch differs"
+            detail = (
+                f": {_difference(old, new)}"
+                if what != "other data"
+                else ": its first batch differs (a loader that shuffles? give a list of its batches)"
+            )
             raise ArtefactError(f"{folder} was begun with {what}{detail}. Give another folder, or overwrite=True.")
     found.check(tensors_and_ties(model)[0])
     return found

@@ -40,6 +40,17 @@ def stitch(
     was. Takes the memory of one copy of the chosen weights; saves nothing that the entries do not.
 
     Raises `ArtefactError` for another model's database and `OptionError` for a choice that is not of this database.
+
+    >>> import tempfile
+    >>> from featherweight.reconstruct.building import build
+    >>> from featherweight.reconstruct.entries import Contents
+    >>> def forward(model, batch): return model(batch)
+    >>> model, data = nn.Sequential(nn.Linear(8, 4)), [torch.randn(32, 8)]
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     database = build(model, data, forward, folder, Contents(patterns=("2:4",), bits=(), joint=()))
+    ...     stitch(database, model, {"0.weight": database.entry("0.weight", "2:4")}, data, forward)
+    >>> int((model[0].weight == 0).sum())
+    16
     """
     for name, entry in choice.items():
         if name not in database.layers:
