@@ -46,7 +46,7 @@ LAYERS = [
     case(nn.Conv2d, 4, 6, 3, padding=1),
     case(nn.Conv2d, 4, 6, (3, 2), stride=(2, 1), padding=(0, 2), dilation=(1, 2)),
     case(nn.Conv2d, 4, 6, (4, 3), padding="same", dilation=(2, 2)),
-    case(nn.Conv2d, 4, 6, 3, padding="same", padding_mode="reflect"),
+    case(nn.Conv2d, 4, 6, (4, 2), padding="same", padding_mode="reflect"),
     case(nn.Conv2d, 4, 6, (2, 4), padding="same", padding_mode="circular"),
     case(nn.Conv2d, 4, 6, 3, padding=(2, 1), padding_mode="replicate", stride=2),
     case(nn.Conv2d, 4, 6, 3, groups=2, padding=1),

@@ -123,13 +123,14 @@ class Masked(nn.Module):
 def test_masked_tokens_are_left_out_where_a_layer_reads_them() -> None:
     model = Masked().double().eval()
     reference = perturbed(model)
-    ids, mask = torch.randint(0, 9, (3, 5)), torch.tensor([[1, 1, 1, 0, 0], [1, 1, 1, 1, 1], [1, 0, 0, 0, 0]])
+    # As many tokens as channels: what a layer reads as (B, channels) must not be taken for (B, T).
+    ids, mask = torch.randint(0, 9, (3, 4)), torch.tensor([[1, 1, 1, 0], [1, 1, 1, 1], [1, 0, 0, 0]])
     batch = {"input_ids": ids, "attention_mask": mask}
     found = gather(model, [batch], reference=reference)
-    assert {one.tokens for name, one in found.items() if name != "pool.weight"} == {9}
+    assert {one.tokens for name, one in found.items() if name != "pool.weight"} == {8}
     assert found["pool.weight"].tokens == 3
     counts = torch.bincount(ids[mask == 1], minlength=9)
-    torch.testing.assert_close(found["words.weight"].scale, (counts / 9).double().sqrt(), rtol=1e-6, atol=0)
+    torch.testing.assert_close(found["words.weight"].scale, (counts / 8).double().sqrt(), rtol=1e-6, atol=0)
     real = mask.flatten() == 1
     for layer in ("mix", "rnn"):
         (x,) = arguments(model, model.get_submodule(layer), [batch])[0][:1]
@@ -138,13 +139,12 @@ def test_masked_tokens_are_left_out_where_a_layer_reads_them() -> None:
     oracle = unrolled(model.rnn, list(x), None)["weight_hh_l0"].detach()
     torch.testing.assert_close(found["rnn.weight_hh_l0"].H, gram(oracle[real]))
     x = model.words(ids).detach()
-    hidden = (mask == 0)[:, None].expand(-1, 5, -1)
+    hidden = (mask == 0)[:, None].expand(-1, 4, -1)
     context = context_of(model.attention, x, x, x, hidden).detach()
     torch.testing.assert_close(found["attention.out_proj.weight"].H, gram(context.flatten(0, 1)[real]))
     torch.testing.assert_close(found["attention.in_proj_weight[2]"].H, gram(x.flatten(0, 1)[real]))
-    Y = model.words(ids) + 0  # what the reference's projection answers at real tokens alone
     Y = (reference.words(ids) @ reference.attention.in_proj_weight[:4].T).flatten(0, 1)[real].detach()
-    torch.testing.assert_close(found["attention.in_proj_weight[0]"].T, 2 * Y.T @ x.flatten(0, 1)[real] / 9)
+    torch.testing.assert_close(found["attention.in_proj_weight[0]"].T, 2 * Y.T @ x.flatten(0, 1)[real] / 8)
 
 
 class Counting(nn.Module):
@@ -174,6 +174,14 @@ def test_a_forward_ends_early_and_gives_what_a_whole_one_does() -> None:
         assert torch.equal(one.H, whole[name].H)
         assert torch.equal(one.T, whole[name].T)
         assert (one.energy, one.samples, one.tokens) == (whole[name].energy, 12, 12)
+
+
+def test_a_forward_ends_after_an_attention_though_its_output_projection_is_never_called() -> None:
+    model = nn.Sequential(nn.TransformerEncoderLayer(4, 2, 8, batch_first=True), Counting())
+    only = [problem for problem in problems(model)[0] if "self_attn" in problem.name]
+    found = gather(model, list(torch.randn(3, 2, 5, 4)), only=only)
+    assert model[1].ends == 1
+    assert found["0.self_attn.out_proj.weight"].tokens == 30
 
 
 class Recalled(Counting):

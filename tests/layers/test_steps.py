@@ -60,6 +60,22 @@ def test_layers_whose_inputs_part_later_have_sums_of_their_own() -> None:
         assert (found[name].tokens, found[name].samples) == (20, 20)
 
 
+def test_layers_that_read_the_same_tensors_unequally_often_do_not_share() -> None:
+    class Unequal(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.q, self.k = nn.Linear(4, 4), nn.Linear(4, 3)
+
+        def forward(self, x: Tensor) -> None:
+            y = torch.tanh(x)
+            self.q(x), self.q(x), self.q(y), self.k(x), self.k(y), self.k(y)
+
+    x = torch.randn(5, 4, dtype=torch.float64)
+    found = gather(Unequal().double(), [x])
+    torch.testing.assert_close(found["q.weight"].H, gram(torch.cat([x, x, x.tanh()])))
+    torch.testing.assert_close(found["k.weight"].H, gram(torch.cat([x, x.tanh(), x.tanh()])))
+
+
 @pytest.mark.parametrize(
     ("model", "batch", "expected"),
     [
