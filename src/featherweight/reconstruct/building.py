@@ -10,12 +10,12 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import re
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
-from urllib.parse import quote
 
 import torch
 from torch import Tensor, nn
@@ -336,7 +336,7 @@ def _finished(
     print_ = fingerprint([weight.parameter.detach()])
     stored = Stored(print_)
     if tensors:
-        file = f"{len(database.weights):04d}.{quote(weight.name, safe='._-')[:180]}.safetensors"
+        file = f"{len(database.weights):04d}.{re.sub(r'[^A-Za-z0-9._-]', '_', weight.name)[:180]}.safetensors"
         stored = Stored(print_, file, write_tensors(database.folder, file, tensors))
     database = dataclasses.replace(
         database, layers=layers, left=left, weights={**database.weights, weight.name: stored}

@@ -211,7 +211,7 @@ def write_index(database: Database) -> None:
         },
     }
     index["checksum"] = _checksum_of(index)
-    text = json.dumps(index, indent=1, allow_nan=False)
+    text = json.dumps(index, separators=(",", ":"), allow_nan=False)
     write_atomically(database.folder / INDEX, lambda temporary: temporary.write_text(text, encoding="utf-8"))
 
 

@@ -64,7 +64,7 @@ class Contents:
     - `joint`: zeros and a grid together: (pattern, sparsity, bits), with None as the sparsity of N:M.
     - `solver`: for zeros. `exact_obs` gives all levels by one elimination and stores them nested. Any other name, or
       `best`, solves and stores each level by itself with its share of `work`.
-    - `work`: 1e9 multiply-adds that one elimination, or one quantization, may take. Wider layers than that pays for are
+    - `work`: 1e9 multiply-adds that one elimination may take, and five times what one quantization may. Wider layers than that pays for are
       split into blocks of input channels, each a problem with entries of its own; so are those of more than `block` columns.
     - `layers`: globs.
     - `damping`: as in `prune`.
@@ -195,11 +195,13 @@ def entries_of(
     for pattern in contents.patterns:
         yield from _pruned(solving, pattern, run)
     for bits in contents.bits:
-        found = quantize(W, H, contents.spec(bits), work=contents.work, **options)
+        found = quantize(W, H, contents.spec(bits), work=contents.work / 5, **options)
         yield _on_grid(f"{bits} bit", W, found)
     kinds = contents.kinds[len(contents.kinds) - len(contents.joint) :]
     for kind, (pattern, sparsity, bits) in zip(kinds, contents.joint, strict=True):
-        found = prune_and_quantize(W, H, contents.spec(bits), pattern, sparsity, run=run, work=contents.work, **options)
+        found = prune_and_quantize(
+            W, H, contents.spec(bits), pattern, sparsity, run=run, work=contents.work / 5, **options
+        )
         yield _on_grid(kind, W, found)
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
 
 from featherweight.errors import NothingToCompress, OptionError, nearest
 from featherweight.layers import select
@@ -143,11 +144,9 @@ def target(
     return _solve(f"{title} x {share:.4g}", database, offers, read, share, total, loss, sensitivity)
 
 
-def targets(
-    database: Database, shares: Iterable[float], cost: Figure = "macs", **options: object
-) -> tuple[Profile, ...]:
+def targets(database: Database, shares: Iterable[float], cost: Figure = "macs", **options: Any) -> tuple[Profile, ...]:
     """`target` for several shares; those that cannot be met are in the list too, each with the least that can."""
-    return tuple(target(database, share, cost, **options) for share in shares)  # type: ignore[arg-type]
+    return tuple(target(database, share, cost, **options) for share in shares)
 
 
 def _solve(
