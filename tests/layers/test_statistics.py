@@ -224,6 +224,19 @@ def test_both_models_are_left_as_they_were() -> None:
     )
 
 
+def test_the_newer_switches_of_precision_come_back_too() -> None:
+    places = [torch.backends.cuda.matmul, torch.backends.cudnn.conv, torch.backends.mkldnn.matmul]
+    before = [place.fp32_precision for place in places]
+    try:
+        for place, word in zip(places, ("tf32", "tf32", "bf16"), strict=True):
+            place.fp32_precision = word
+        gather(nn.Linear(3, 2), [torch.randn(2, 3)])
+        assert [place.fp32_precision for place in places] == ["tf32", "tf32", "bf16"]
+    finally:
+        for place, word in zip(places, before, strict=True):
+            place.fp32_precision = word
+
+
 @pytest.mark.parametrize("poison", [float("nan"), float("inf"), 3e19])
 def test_activations_that_are_not_finite_name_layer_and_batch(poison: float) -> None:
     model = nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 2))

@@ -182,20 +182,33 @@ def quiet(*models: nn.Module) -> Iterator[None]:
     """Models in evaluation mode, no gradients, exact products, no fast path; modes, buffers and settings come back."""
     modes = {module: module.training for model in models for module in model.modules()}
     buffers = [(buffer, buffer.clone()) for model in models for buffer in model.buffers()]
-    fast, precision = torch.backends.mha.get_fastpath_enabled(), torch.get_float32_matmul_precision()
+    fast = torch.backends.mha.get_fastpath_enabled()
     try:
         torch.backends.mha.set_fastpath_enabled(False)
-        torch.set_float32_matmul_precision("highest")
         for model in models:
             model.eval()
-        # Recurrent kernels on a GPU want their weights in one piece and warn where they are not; either way is right.
-        with torch.no_grad(), torch.backends.cudnn.flags(enabled=torch.backends.cudnn.enabled, allow_tf32=False):
+        with torch.no_grad(), _exact_products():
             yield
     finally:
         torch.backends.mha.set_fastpath_enabled(fast)
-        torch.set_float32_matmul_precision(precision)
         for module, mode in modes.items():
             module.training = mode
         with torch.no_grad():
             for buffer, before in buffers:
                 buffer.copy_(before)
+
+
+@contextlib.contextmanager
+def _exact_products() -> Iterator[None]:
+    """No TF32 and no bfloat16 inside float32 products; the older switches read as before once these are back."""
+    backends: Any = torch.backends
+    places = [getattr(backend, op) for backend in (backends.cudnn, backends.mkldnn) for op in ("conv", "rnn")]
+    places += [backends.cuda.matmul, backends.mkldnn.matmul]
+    before = [place.fp32_precision for place in places]
+    try:
+        for place in places:
+            place.fp32_precision = "ieee"
+        yield
+    finally:
+        for place, precision in zip(places, before, strict=True):
+            place.fp32_precision = precision

@@ -171,7 +171,7 @@ def _stream(run: _Run, batches: Iterable[Any], forward: Forward) -> None:
     for index, batch in enumerate(batches):
         mask = mask_of(batch)
         answers: Answers = {}
-        if run.reference is not None:
+        if run.reference is not None and run.twins:
             seen = functools.partial(forward, run.reference, batch)
             where = f"batch {index} of the reference"
             calls = watch(run.twins, _answer(run, answers), seen, where, mask, once_in_reference)
@@ -289,13 +289,16 @@ def call_steps(model: nn.Module, problems: Sequence[Problem], forward: Forward, 
     model = unwrap(model)
     wanted = _wanted(model, problems)
     weights = {(use.name, use.leaf): weight.name for use, weight in wanted}
+    of_weight: dict[str, list[Problem]] = {}
+    for problem in problems:
+        of_weight.setdefault(problem.weight.name, []).append(problem)
     identities = Identities()
     steps: dict[Any, list[Problem]] = {}
     placed: set[str] = set()
 
     def take(use: Use, call: int, read: list[Input]) -> None:
-        for problem in problems:
-            if problem.weight.name == weights[use.name, use.leaf] and problem.name not in placed:
+        for problem in of_weight[weights[use.name, use.leaf]]:
+            if problem.name not in placed:
                 source = read[problem.part if len(read) > 1 else 0]
                 key = identities.of(source.origin) if source.step is None else (use.name, source.step)
                 steps.setdefault(key, []).append(problem)
