@@ -166,22 +166,33 @@ def _solve(
 def corrected(W: Tensor, fit: Statistics, held_out: Statistics | None) -> tuple[Tensor, float | None]:
     """The target W' (rows, d) and the ridge used; W itself where the layer sees what the dense one saw.
 
-    W' = (T + λ W) (H + λ I)⁻¹, with λ relative to H's mean diagonal: the least ||Y - V X||² + ½ λ ||V - W||². Held-out samples choose among strengths,
-    and W itself; without them λ is 0.01.
+    W' = (T + λ W) (H + λ I)⁻¹, the least of ½ tr(V H Vᵀ) - tr(V Tᵀ) + ½ λ ||V - W||², with λ relative to the mean of H's
+    live diagonal. Held-out samples choose among strengths and W itself; without them λ is 0.01.
     """
     if fit.T is None:
         return W, None
-    damped = damp(fit.H, 0.0)
-    mean = float(damped.H.diagonal().mean())
+    live = fit.H.diagonal()[fit.H.diagonal() > 0]
+    if not len(live):
+        return W, None
+    mean = float(live.mean())
     best, ridge = W, None
     least = float("inf") if held_out is None else _judged(W, W, held_out)
-    for strength in _RIDGES if held_out is not None else (1e-2,):
-        system = damped.H.clone()
-        system.diagonal().add_(strength * mean)
-        trial = torch.cholesky_solve((fit.T + strength * mean * W).mT, torch.linalg.cholesky(system)).mT
-        loss = 0.0 if held_out is None else _judged(trial, W, held_out)
+    index, step = _RIDGES.index(1e-2), 1
+    while 0 <= index < len(_RIDGES):
+        strength = _RIDGES[index]
+        damped = damp(fit.H, strength)
+        trial = torch.cholesky_solve((fit.T + damped.damping * mean * W).mT, damped.factor).mT
+        if held_out is None:
+            return trial, strength
+        loss = _judged(trial, W, held_out)
         if loss < least:
             best, ridge, least = trial, strength, loss
+        elif step > 0:
+            # Not stronger, then: weaker, from where the search began.
+            index, step = _RIDGES.index(1e-2), -1
+        else:
+            break
+        index += step
     return best, ridge
 
 

@@ -20,6 +20,7 @@ from featherweight.reconstruct.refit import refit
 
 __all__ = ["most_columns", "solve_wide"]
 
+_WIDTH = 2048
 Collected = tuple[dict[str, Statistics], dict[str, Statistics]]
 
 
@@ -60,7 +61,8 @@ def _solve(
 ) -> Answer | None:
     # One channel is enough to see the loss of the whole layer: its target is all that the others leave of the answer.
     probe = split(whole, whole.taps)[0]
-    blocks = split(whole, most)
+    # The cost of a layer in blocks grows with the square of their width.
+    blocks = split(whole, max(whole.taps, min(most, _WIDTH)))
     whole.write(zeros.to(dense.dtype))
     held = [block.matrix() != 0 for block in blocks]
     whole.write(dense)
