@@ -81,7 +81,7 @@ def running_statistics(norms: Iterable[_BatchNorm]) -> list[Tensor]:
     return [buffer for norm in norms for buffer in norm.buffers(recurse=False)]
 
 
-def batch_norm_site(name: str) -> Site:
+def batch_norm_site(name: str, norm: _BatchNorm) -> Site:
     """The same in a walk over layers: statistics of the inputs, all earlier layers being as they will be."""
 
     def read(call: Call) -> dict[str, Tensor]:
@@ -93,7 +93,7 @@ def batch_norm_site(name: str) -> Site:
         _set(cast(_BatchNorm, norm), mine["input"])
         return [f"{name}.{part}".lstrip(".") for part in _PARTS]
 
-    return Site(name, name, read, fold)
+    return Site(name, name, running_statistics([norm]), read, fold)
 
 
 def _measure(
@@ -128,7 +128,7 @@ def _measure(
         for one in hooks:
             one.remove()
     for name, moments in found.items():
-        if not moments.finite():
+        if not moments.finite:
             raise NumericalError(
                 f"{name}: its inputs in the compressed model hold NaN or infinity on the calibration samples; its running "
                 "statistics were left as they were."

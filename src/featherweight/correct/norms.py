@@ -19,13 +19,13 @@ from torch.nn.parameter import is_lazy
 
 from featherweight.correct.keep import Moved
 from featherweight.correct.outputs import Forward
-from featherweight.correct.surroundings import canonical, undone_on_error
+from featherweight.correct.surroundings import canonical, shared_parameters
 from featherweight.correct.walk import Measured, Moments, Site, tokens, walk
 from featherweight.correct.zeros import put, standing_zeros
 from featherweight.layers import unwrap
 from featherweight.layers.inputs import Call
 
-__all__ = ["affine_norms", "match_moments"]
+__all__ = ["affine_norms", "match_moments", "norm_site"]
 
 _TORCH_NORMS = (nn.LayerNorm, nn.RMSNorm, nn.GroupNorm, nn.modules.instancenorm._InstanceNorm, _BatchNorm)
 
@@ -37,15 +37,13 @@ def match_moments(
     forward: Forward,
     *,
     frozen: Collection[str] = (),
-    batch_norm: bool = False,
     progress: Callable[[int, int], None] = lambda step, total: None,
 ) -> Moved:
     """Gives every norm of your model outputs of the reference's mean and standard deviation, channel by channel.
 
-    In call order, each norm with all earlier ones corrected: see `walk` for what that costs. LayerNorm, RMSNorm,
-    GroupNorm, InstanceNorm, modules of other libraries whose class is called a norm, and, with `batch_norm`, BatchNorm; a
-    norm without a bias gets the reference's mean square. Folded into weight and bias; `frozen` parameters, tied ones and
-    zeros that pruning made stay. Saves nothing.
+    In one pass, each norm with all earlier ones corrected, see `walk`. LayerNorm, RMSNorm, GroupNorm, InstanceNorm,
+    BatchNorm, and modules of other libraries whose class is called a norm; one without a bias gets the reference's mean
+    square. Folded into weight and bias; `frozen` parameters, tied ones and zeros that pruning made stay. Saves nothing.
 
     Raises `OptionError`, `DataError` or `NumericalError`; the model is then as it was.
 
@@ -57,33 +55,25 @@ def match_moments(
     tensor([1., 1., 1.])
     """
     fixed = canonical(model, frozen)
-    norms, left = affine_norms(model, fixed, batch_norm)
+    norms, left = affine_norms(model, fixed)
     held = standing_zeros(model, reference)
     if not norms:
         return Moved((), left)
-    sites = [_site(name, held) for name in norms]
-    with undone_on_error(p for norm in norms.values() for p in norm.parameters(recurse=False)):
-        done, unreached = walk(model, reference, sites, batches, forward, progress)
+    sites = [norm_site(name, norm, held) for name, norm in norms.items()]
+    done, unreached = walk(model, reference, sites, batches, forward, progress)
     return Moved(tuple(done), left | unreached)
 
 
-def affine_norms(
-    model: nn.Module, fixed: Collection[int] = (), batch_norm: bool = True
-) -> tuple[dict[str, nn.Module], dict[str, str]]:
+def affine_norms(model: nn.Module, fixed: Collection[int] = ()) -> tuple[dict[str, nn.Module], dict[str, str]]:
     """The norms whose weight can be corrected, by name, and those that are left alone, with the reason.
 
     `fixed` are identities of parameters that may not move.
     """
     norms: dict[str, nn.Module] = {}
     left: dict[str, str] = {}
-    owners: dict[int, set[int]] = {}
-    for _, module in unwrap(model).named_modules():
-        for parameter in module.parameters(recurse=False):
-            owners.setdefault(id(parameter), set()).add(id(module))
+    shared = shared_parameters(model)
     for name, module in unwrap(model).named_modules():
         if not isinstance(module, _TORCH_NORMS) and not type(module).__name__.endswith(("Norm", "Norm2d")):
-            continue
-        if isinstance(module, _BatchNorm) and not batch_norm:
             continue
         own = dict(module.named_parameters(recurse=False))
         weight = own.get("weight")
@@ -92,14 +82,15 @@ def affine_norms(
                 left[name] = "has no weight to fold into"
         elif any(id(parameter) in fixed for parameter in own.values()):
             left[name] = "is frozen"
-        elif any(len(owners[id(parameter)]) > 1 for parameter in own.values()):
+        elif any(id(parameter) in shared for parameter in own.values()):
             left[name] = "shares its parameters with another layer"
         else:
             norms[name] = module
     return norms, left
 
 
-def _site(name: str, held: dict[int, Tensor]) -> Site:
+def norm_site(name: str, norm: nn.Module, held: dict[int, Tensor]) -> Site:
+    """Gives a norm outputs of the reference's moments; the two must be called alike."""
     affine: dict[str, _Affine | None] = {}
 
     def read(call: Call) -> dict[str, Tensor] | str:
@@ -116,7 +107,7 @@ def _site(name: str, held: dict[int, Tensor]) -> Site:
         found = affine[name]
         return "" if found is None else _fold(name, module, mine["output"], target["output"], found.added, held)
 
-    return Site(name, name, read, fold)
+    return Site(name, name, list(norm.parameters(recurse=False)), read, fold)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -20,10 +20,8 @@ from featherweight.layers.inputs import Call
 __all__ = ["recurrent_sites"]
 
 
-def recurrent_sites(
-    name: str, module: nn.RNNBase | nn.RNNCellBase, held: dict[int, Tensor]
-) -> Iterator[tuple[Site, list[Tensor]]]:
-    """A site for each layer of the stack, in order, with the biases that it sets."""
+def recurrent_sites(name: str, module: nn.RNNBase | nn.RNNCellBase, held: dict[int, Tensor]) -> Iterator[Site]:
+    """A site for each layer of the stack, in order."""
     if isinstance(module, nn.RNNCellBase):
         yield _site(name, name, [""], module, held)
         return
@@ -33,9 +31,7 @@ def recurrent_sites(
         yield _site(where, name, ends, module, held)
 
 
-def _site(
-    where: str, name: str, ends: list[str], module: nn.Module, held: dict[int, Tensor]
-) -> tuple[Site, list[Tensor]]:
+def _site(where: str, name: str, ends: list[str], module: nn.Module, held: dict[int, Tensor]) -> Site:
     parts = [f"{of}{end}" for end in ends for of in ("ih", "hh")]
 
     def read(call: Call) -> dict[str, Tensor]:
@@ -52,7 +48,7 @@ def _site(
         return [f"{name}.bias_{part}".lstrip(".") for part in parts]
 
     biases = [module._parameters.get(f"bias_{part}") for part in parts]
-    return Site(where, name, read, fold), [bias for bias in biases if bias is not None]
+    return Site(where, name, [bias for bias in biases if bias is not None], read, fold)
 
 
 def _gates(module: nn.Module, part: str, mean: Tensor) -> Tensor:

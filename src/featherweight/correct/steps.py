@@ -4,9 +4,9 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 import math
 from collections.abc import Callable, Collection, Iterable, Sequence
+from functools import partial
 from typing import Any
 
 from torch import Tensor, nn
@@ -45,8 +45,8 @@ def correct(
     """Corrects your compressed model in place toward the dense `reference`, without labels; says what helped.
 
     - `batch_norm`: `reestimate_batch_norm`.
-    - `moments`: `match_moments`, of BatchNorm's outputs too where `batch_norm` is not among the steps.
-    - `bias`: `correct_bias`.
+    - `moments`: `match_moments`.
+    - `bias`: `correct_bias`, without and with the norms' corrections that were kept made again.
     - `outputs`: `fit_outputs` with `epochs`, `lr`, `patience` and `match`.
 
     Each step is fitted on `fit_batches` and kept where `output_error` on `held_out_batches` falls, else undone to the
@@ -79,25 +79,20 @@ def correct(
         with seeded(seed, model):
             return output_error(model, reference, held_out_batches, forward)
 
-    def attempt(step: str) -> Moved:
+    def attempt(step: str, again: Sequence[str] = ()) -> Moved:
         def progress(done: int, total: int) -> None:
             report({"kind": "progress", "correction": step, "step": done, "total": total})
 
-        both = (model, reference, fit_batches)
-        if step == "batch_norm":
-            return reestimate_batch_norm(model, fit_batches, forward)
-        if step == "moments":
-            also = "batch_norm" not in steps
-            return match_moments(*both, forward, frozen=frozen, batch_norm=also, progress=progress)
-        if step == "bias":
-            again = any(one.name == "batch_norm" and one.kept for one in done)
-            return correct_bias(*both, forward, frozen=frozen, batch_norm=again, progress=progress)
-        options: dict[str, Any] = {"lr": lr, "epochs": epochs, "patience": patience, "match": match, "seed": seed}
-        return fit_outputs(*both, held_out_batches, forward, frozen=frozen, progress=progress, **options)
-
-    def seeded_attempt(step: str) -> Moved:
+        data = (model, reference, fit_batches)
         with seeded(seed, model):
-            return attempt(step)
+            if step == "batch_norm":
+                return reestimate_batch_norm(model, fit_batches, forward)
+            if step == "moments":
+                return match_moments(*data, forward, frozen=frozen, progress=progress)
+            if step == "bias":
+                return correct_bias(*data, forward, frozen=frozen, again=again, progress=progress)
+            fit: dict[str, Any] = {"lr": lr, "epochs": epochs, "patience": patience, "match": match, "seed": seed}
+            return fit_outputs(*data, held_out_batches, forward, frozen=frozen, progress=progress, **fit)
 
     done: list[Correction] = []
     touched = [_touched(model, step, frozen) for step in steps]
@@ -105,17 +100,26 @@ def correct(
     with undone_on_error({id(t): t for tensors in touched[:-1] for t in tensors}.values()):
         least = error() if steps else 0.0
         for step, tensors in zip(steps, touched, strict=True):
-            if least == 0.0:
-                one = Correction(
-                    step, least, least, False, "nothing to correct: the model answers as the reference does"
-                )
-            else:
-                one = keep_if_better(step, functools.partial(seeded_attempt, step), tensors, error, least)
+            one = (
+                _answers_alike(step)
+                if least == 0
+                else keep_if_better(step, partial(attempt, step), tensors, error, least)
+            )
+            again = [other.name for other in done if other.kept and other.name in ("batch_norm", "moments")]
+            if step == "bias" and again and least > 0:
+                # Biases move what norms read, whose corrections are then made again; on some networks that is better.
+                other = keep_if_better(step, partial(attempt, step, again), tensors, error, one.error)
+                one = dataclasses.replace(other, before=one.before) if other.kept else one
             done.append(one)
             least = one.error
-            after = one.after if math.isfinite(one.after) else None
-            report({"kind": "correction", **dataclasses.asdict(one), "after": after})
+            report(
+                {"kind": "correction", **dataclasses.asdict(one), "after": one.after if one.after < math.inf else None}
+            )
     return tuple(done)
+
+
+def _answers_alike(step: str) -> Correction:
+    return Correction(step, 0.0, 0.0, False, "nothing to correct: the model answers as the reference does")
 
 
 def _check(steps: Sequence[str]) -> tuple[str, ...]:
@@ -134,9 +138,12 @@ def _touched(model: nn.Module, step: str, frozen: Collection[str]) -> list[Tenso
     """All that a step may change."""
     if step == "batch_norm":
         return running_statistics(tracked_norms(model)[0].values())
+    affine: list[Tensor] = [
+        parameter for norm in affine_norms(model)[0].values() for parameter in norm.parameters(recurse=False)
+    ]
     if step == "moments":
-        return [parameter for norm in affine_norms(model)[0].values() for parameter in norm.parameters(recurse=False)]
+        return affine
     if step == "bias":
         biases = [parameter for parameter in unwrap(model).parameters() if parameter.ndim == 1]
-        return [*biases, *running_statistics(tracked_norms(model)[0].values())]
+        return [*biases, *affine, *running_statistics(tracked_norms(model)[0].values())]
     return list(movable(model, frozen)[0].values())

@@ -12,7 +12,17 @@ from torch import Tensor, nn
 from featherweight.errors import OptionError, nearest
 from featherweight.layers import unwrap
 
-__all__ = ["Snapshot", "canonical", "evaluation", "restore", "seeded", "snapshot", "state_tensors", "undone_on_error"]
+__all__ = [
+    "Snapshot",
+    "canonical",
+    "evaluation",
+    "restore",
+    "seeded",
+    "shared_parameters",
+    "snapshot",
+    "state_tensors",
+    "undone_on_error",
+]
 
 Snapshot = list[tuple[Tensor, Tensor]]
 
@@ -81,3 +91,12 @@ def canonical(model: nn.Module, names: Iterable[str], option: str = "frozen") ->
         close = ", ".join(nearest(wrong[0], known)) or ", ".join(list(known)[:3]) or "none: it has no parameters"
         raise OptionError(f"{option}: {wrong[0]!r} is no parameter of the model. Nearest names: {close}.")
     return {id(known[name]) for name in names}
+
+
+def shared_parameters(model: nn.Module) -> set[int]:
+    """Identities of the parameters that more than one module holds: what is right for one of them is not for the other."""
+    owners: dict[int, int] = {}
+    for module in unwrap(model).modules():
+        for parameter in {id(p): p for p in module.parameters(recurse=False)}.values():
+            owners[id(parameter)] = owners.get(id(parameter), 0) + 1
+    return {key for key, count in owners.items() if count > 1}
