@@ -284,7 +284,7 @@ def first_level(found: Elimination, zeros: list[int], rows: int) -> Tensor:
     sizes = found.units.weights_of_each(len(order), rows).to(order.device).gather(1, order)
     taken = ascending(found.losses, sizes).flatten().argsort(stable=True)
     before = sizes.flatten()[taken].cumsum(0) - sizes.flatten()[taken]
-    level = torch.searchsorted(torch.tensor(zeros, device=order.device), before, right=True)
+    level = torch.searchsorted(torch.tensor(zeros).to(order.device), before, right=True)
     step = torch.empty_like(level).scatter_(0, taken, level).view_as(order)
     never = torch.full((len(order), len(found.units.columns)), len(zeros), device=order.device)
     return never.scatter_(1, order, step)
@@ -361,7 +361,7 @@ def _on_grid(kind: str, W: Tensor, found: Quantized) -> Made:
 
 def _size(weights: Tensor, pattern: Pattern) -> int:
     hints = {"w": f"nm:{pattern.n}:{pattern.m}:1"} if pattern.kind == "n:m" else {}
-    return pack.code({"w": weights}, hints)["w"].coded_bytes
+    return pack.code({"w": weights.cpu()}, hints)["w"].coded_bytes
 
 
 def _fields(values: Tensor, width: int) -> Tensor:
