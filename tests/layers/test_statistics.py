@@ -184,6 +184,17 @@ def test_a_forward_ends_after_an_attention_though_its_output_projection_is_never
     assert found["0.self_attn.out_proj.weight"].tokens == 30
 
 
+@pytest.mark.parametrize("layer", [nn.Linear(4, 3), nn.Conv1d(4, 3, 1)])
+def test_a_hook_that_changes_what_a_layer_answers_does_not_change_what_its_weight_should(layer: nn.Module) -> None:
+    layer = layer.double()
+    reference, x = perturbed(layer), torch.randn(5, 4, 4, dtype=torch.float64)
+    plain = gather(layer, [x], reference=reference)["weight"]
+    layer.register_forward_hook(lambda module, args, output: output + 1)
+    hooked = gather(layer, [x], reference=reference)["weight"]
+    torch.testing.assert_close(hooked.T, plain.T)
+    assert hooked.energy == pytest.approx(plain.energy)
+
+
 class Recalled(Counting):
     def forward(self, x: Tensor) -> Tensor:
         return super().forward(torch.tanh(super().forward(x)))

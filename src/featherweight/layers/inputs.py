@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from math import prod
 from typing import Any, cast
 
@@ -48,7 +48,8 @@ class Input:
     """What one weight read in one call: x is (tokens, channels), or (n, channels, *space) under a kernel.
 
     `origin` is the tensor that was read and `view` all that turned it into x: where both agree, so do the patches.
-    `step` joins what is solved together though it reads different tensors (a recurrent layer's two weights).
+    `step` joins what is solved together though it reads different tensors (a recurrent layer's two weights). `given` is
+    what the module answered, bias apart, where that is seen.
     """
 
     x: Tensor
@@ -60,6 +61,7 @@ class Input:
     dilation: tuple[int, ...] = ()
     groups: int = 1
     flipped: bool = False
+    given: Callable[[], Tensor] | None = None
 
     @property
     def positions(self) -> tuple[int, ...]:
@@ -107,14 +109,21 @@ class Input:
     def outputs(self, matrix: Tensor) -> Tensor:
         """What a matrix (rows of all groups, d) answers, bias apart: (groups, tokens, rows of one group)."""
         if not self.kernel:
-            return F.linear(self.x, matrix)[None]
+            return self._by_groups(F.linear(self.x, matrix), len(matrix))
         axes = len(self.kernel)
         weight = matrix.reshape(len(matrix), *self.kernel, -1)
         if self.flipped:
             weight = weight.flip(tuple(range(1, 1 + axes)))
         y = _CONVOLVE[axes](self.x, weight.movedim(-1, 1), None, self.stride, 0, self.dilation, self.groups)
-        y = y.reshape(len(y), self.groups, -1, *self.positions).movedim(0, 1).movedim(2, -1)
-        return y.reshape(self.groups, self.tokens, -1)
+        return self._by_groups(y, len(matrix))
+
+    def own_outputs(self, matrix: Tensor) -> Tensor:
+        """The same for the matrix that the module itself has: taken from what it answered, where that is seen."""
+        return self.outputs(matrix) if self.given is None else self._by_groups(self.given(), len(matrix))
+
+    def _by_groups(self, y: Tensor, rows: int) -> Tensor:
+        y = y.reshape(len(self.x), self.groups, rows // self.groups, *self.positions)
+        return y.movedim(0, 1).movedim(2, -1).reshape(self.groups, self.tokens, rows // self.groups)
 
 
 def _parts(windows: Tensor, free: int, most: int) -> Iterator[Tensor]:
@@ -146,7 +155,22 @@ def _tokens(x: Tensor, mask: Tensor | None, **more: Any) -> Input:
 
 
 def linear(call: Call) -> dict[str, list[Input]]:
-    return {"weight": [_tokens(call.argument(0, "input"), call.mask)]}
+    """Linear, and transformers' Conv1D: the last axis is channels, all others are tokens."""
+    read = _tokens(call.argument(0, "input"), call.mask)
+    if _is_seen(call, read.x):
+        mask = call.mask if read.origin.ndim >= 3 else None
+        read = dataclasses.replace(read, given=lambda: _masked(_without_bias(call, -1), mask))
+    return {"weight": [read]}
+
+
+def _is_seen(call: Call, x: Tensor) -> bool:
+    """Whether a module's answer is W x and bias as they are: neither rounded to fewer bits nor changed by other hooks."""
+    return call.output.dtype == x.dtype and len(call.module._forward_hooks) == 1
+
+
+def _without_bias(call: Call, axis: int) -> Tensor:
+    y, bias = cast(Tensor, call.output), cast(Tensor | None, call.module.bias)
+    return y if bias is None else y - bias.reshape(-1, *[1] * (-1 - axis))
 
 
 def lookup(call: Call) -> dict[str, list[Input]]:
@@ -166,7 +190,10 @@ def conv(call: Call) -> dict[str, list[Input]]:
         ordered = [side for axis in range(len(kernel) - 1, -1, -1) for side in sides[2 * axis : 2 * axis + 2]]
         x = F.pad(x, ordered, "constant" if module.padding_mode == "zeros" else module.padding_mode)
     view = ("conv", sides, module.padding_mode, kernel, stride, dilation, module.groups)
-    return {"weight": [Input(x, origin, view, None, kernel, stride, dilation, module.groups)]}
+    read = Input(x, origin, view, None, kernel, stride, dilation, module.groups)
+    if _is_seen(call, x):
+        read = dataclasses.replace(read, given=lambda: _without_bias(call, -1 - len(kernel)))
+    return {"weight": [read]}
 
 
 def _padding(module: nn.Conv2d) -> tuple[int, ...]:

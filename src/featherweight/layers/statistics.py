@@ -188,16 +188,18 @@ def _answer(run: _Run, answers: Answers) -> Take:
     """Keeps what the reference's weights answer: outputs, since an input may be changed in place before the model runs."""
 
     def take(use: Use, call: int, read: list[Input]) -> None:
-        answers[use.name, use.leaf, call] = _outputs(run.weights[use.name, use.leaf], use.parameter, read)
+        answers[use.name, use.leaf, call] = _outputs(run.weights[use.name, use.leaf], use.parameter, read, own=True)
 
     return take
 
 
-def _outputs(weight: Weight, parameter: Tensor, read: list[Input]) -> list[Tensor]:
-    """What a weight with these values answers to each of a call's inputs, bias apart: (groups, tokens, rows)."""
+def _outputs(weight: Weight, parameter: Tensor, read: list[Input], own: bool) -> list[Tensor]:
+    """What a weight with these values, its `own` or others, answers to each of a call's inputs: (groups, tokens, rows)."""
     matrix = to_matrix(weight, parameter.detach())
     parts = torch.split(matrix, len(matrix) // len(read))
-    return [one.outputs(part.to(one.x.dtype)) for one, part in zip(read, parts, strict=True)]
+    return [
+        (one.own_outputs if own else one.outputs)(part.to(one.x.dtype)) for one, part in zip(read, parts, strict=True)
+    ]
 
 
 def _gather(run: _Run, answers: Answers) -> Take:
@@ -210,11 +212,11 @@ def _gather(run: _Run, answers: Answers) -> Take:
         fed = run.sums[weight.name]
         gaps: Sequence[Tensor | None] = [None] * len(read)
         if run.reference is not None and use.kind != "embedding":
-            own = _outputs(weight, use.parameter, read)
+            own = _outputs(weight, use.parameter, read, own=True)
             answer = answers.pop((use.name, use.leaf, call), None)
             if answer is None or any(a.shape != o.shape for a, o in zip(answer, own, strict=True)):
                 twin = next(twin for twin in run.twins if (twin.name, twin.leaf) == (use.name, use.leaf))
-                answer = _outputs(weight, twin.parameter.to(use.parameter.device), read)
+                answer = _outputs(weight, twin.parameter.to(use.parameter.device), read, own=False)
                 for one in fed:
                     one.unpaired += 1
             gaps = [a.to(o.device) - o for a, o in zip(answer, own, strict=True)]
