@@ -28,8 +28,8 @@ def ascending(losses: Tensor, sizes: Tensor | None = None) -> Tensor:
     [[2.0, 2.0, 5.0]]
     """
     ones = torch.ones_like(losses) if sizes is None else sizes
-    pooled = [_pool(*pair) for pair in zip(losses.tolist(), ones.tolist(), strict=True)]
-    return torch.tensor(pooled, dtype=torch.float64, device=losses.device).view(losses.shape)
+    pooled = [_pool(*pair) for pair in zip(losses.cpu().tolist(), ones.cpu().tolist(), strict=True)]
+    return torch.tensor(pooled, dtype=torch.float64).view(losses.shape).to(losses.device)
 
 
 def allocate(prices: Tensor, count: int, sizes: Tensor | None = None) -> Tensor:
@@ -41,8 +41,8 @@ def allocate(prices: Tensor, count: int, sizes: Tensor | None = None) -> Tensor:
     >>> allocate(torch.tensor([[1.0, 4.0], [2.0, 3.0]]), 3).tolist()
     [1, 2]
     """
-    rows = prices.tolist()
-    weights = None if sizes is None else sizes.tolist()
+    rows = prices.cpu().tolist()
+    weights = None if sizes is None else sizes.cpu().tolist()
     taken = [0] * len(rows)
     heap = [(row[0], i) for i, row in enumerate(rows) if row]
     heapq.heapify(heap)
@@ -55,7 +55,7 @@ def allocate(prices: Tensor, count: int, sizes: Tensor | None = None) -> Tensor:
             heapq.heapreplace(heap, (rows[i][taken[i]], i))
         else:
             heapq.heappop(heap)
-    return torch.tensor(taken, device=prices.device)
+    return torch.tensor(taken).to(prices.device)
 
 
 def cheapest(scores: Tensor, units: Units, rows: int, zeros: int, per_row: bool = False) -> Tensor:
