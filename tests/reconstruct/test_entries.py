@@ -14,6 +14,7 @@ from featherweight.patterns import parse_pattern
 from featherweight.reconstruct import damp, eliminate, layer_loss, prune, prune_and_quantize, quantize, refit, units_of
 from featherweight.reconstruct.entries import Contents, Made, default_levels, entries_of, first_level, settled
 
+from .elsewhere import Elsewhere, Pretending
 from .problems import layer
 
 FEW = Contents(patterns=(), bits=(), joint=())
@@ -151,6 +152,17 @@ def test_a_judge_chooses_among_candidates() -> None:
     contents = dataclasses.replace(FEW, bits=(3,))
     [made] = entries_of(W, H, contents, judge=lambda V: float((V - nearest).abs().sum()))
     assert torch.equal(made.weights, nearest)
+
+
+def test_entries_are_made_on_the_device_that_the_layer_is_on() -> None:
+    W, H, _ = layer(6, 24)
+    contents = Contents(patterns=("weight", "1x4", "2:4", "column"), levels=(0.5, 0.8), bits=(3,))
+    with Pretending():
+        there = list(entries_of(Elsewhere(W.clone()), Elsewhere(H.clone()), contents, run=12))
+    for away, home in zip(there, entries_of(W, H, contents, run=12), strict=True):
+        assert isinstance(away.weights, Elsewhere)
+        assert torch.allclose(away.weights.inner, home.weights, rtol=1e-9, atol=1e-12)
+        assert all(torch.equal(away.tensors[name], tensor) for name, tensor in home.tensors.items())
 
 
 def test_default_levels_are_the_papers() -> None:
