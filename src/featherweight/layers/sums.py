@@ -21,7 +21,9 @@ from featherweight.layers.problems import Problem
 __all__ = ["Counts", "Products", "Sums"]
 
 _TOKENS = 256  # of one float32 product
-_CHUNK = 1 << 22  # numbers in one chunk of patches: 16 MiB of float32
+# Numbers in one chunk of patches: 4 MiB of float32, which a cache holds; more where that would be less than two products,
+# but 64 MiB at most.
+_CHUNK, _MOST = 1 << 20, 1 << 24
 _STRIPE = 128
 
 
@@ -115,8 +117,8 @@ class Sums:
             self.gap_energy += torch.linalg.vector_norm(gap, dim=2).double().square().sum(1).cpu()
         if read.tokens == 0 or (self.leader is not None and gap is None):
             return
-        start = 0
-        for X in read.patches(self.groups, self.channels, _CHUNK):
+        start, size = 0, min(_MOST, max(_CHUNK, 2 * _TOKENS * len(self.groups) * self.problems[0].d))
+        for X in read.patches(self.groups, self.channels, size):
             if self.leader is None:
                 self._gram.add(X)
             if gap is not None:
