@@ -143,13 +143,14 @@ def test_passes_keep_within_the_budget_and_the_order() -> None:
         passes(found, 0, True)
 
 
-def test_passes_give_what_one_pass_does() -> None:
+def test_passes_and_any_order_give_what_one_pass_does() -> None:
     model, batches = front_and(nn.Conv2d(4, 6, 3, groups=2))
     reference = perturbed(model)
     found, _ = problems(model)
     whole = gather(model, batches, reference=reference)
     parts = [gather(model, batches, reference=reference, only=each) for each in passes(found, 1, True)]
     assert len(parts) == 3
+    parts.append(gather(model, batches, reference=reference, only=found[::-1]))
     for part in parts:
         for name, one in part.items():
             torch.testing.assert_close(one.H, whole[name].H)

@@ -80,7 +80,7 @@ class Input:
         `to_matrix`. Chunks follow one another in the order of the rows of `outputs`.
         """
         x = self.x.reshape(len(self.x), self.groups, -1, *self.x.shape[2:])
-        if len(groups) < self.groups:
+        if list(groups) != list(range(self.groups)):
             x = x[:, list(groups)]
         x = x[:, :, channels or slice(None)].movedim(0, 1).movedim(2, -1)  # (groups, n, *space, channels)
         axes, d = len(self.kernel), prod(self.kernel) * x.shape[-1]

@@ -111,9 +111,8 @@ class Sums:
     def add(self, read: Input, gap: Tensor | None) -> None:
         """One call's X Xᵀ, and with a `gap` (groups, tokens, rows) of Y - W X also (Y - W X) Xᵀ and ||Y - W X||²."""
         self.tokens += read.tokens
-        if gap is not None and len(gap) != len(self.groups):
-            gap = gap[self.groups]
         if gap is not None:
+            gap = gap if self.groups == list(range(len(gap))) else gap[self.groups]
             self.gap_energy += torch.linalg.vector_norm(gap, dim=2).double().square().sum(1).cpu()
         if read.tokens == 0 or (self.leader is not None and gap is None):
             return
