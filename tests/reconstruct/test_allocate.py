@@ -77,3 +77,18 @@ def test_the_lowest_scores_go_by_weight_by_row_and_by_group() -> None:
     assert cheapest(scores, pairs, rows=2, zeros=0).tolist() == [[False, True, True, True], [False, True, True, True]]
     tiles = Units(torch.tensor([[0, 1, 2], [3, -1, -1]]))
     assert cheapest(torch.tensor([[4.5, 2.0]]), tiles, rows=1, zeros=1).tolist() == [[True, False]]
+
+
+@pytest.mark.parametrize(
+    ("pattern", "d", "run"), [("2:4", 24, None), ("3:8", 24, None), ("2:4", 22, 11), ("1:20", 40, None)]
+)
+def test_of_each_group_the_lowest_go_and_of_equals_the_first(pattern: str, d: int, run: int | None) -> None:
+    """Oracle: Python's stable sort, group by group; runs of 11 make groups of 4, 4 and 3."""
+    scores = torch.randint(0, 4, (9, d), generator=torch.Generator().manual_seed(0)).double()
+    units = units_of(pattern, 9, d, run)
+    chosen = cheapest(scores, units, rows=9, zeros=0)
+    for row in range(9):
+        for group, quota in enumerate(units.quota.tolist()):
+            columns = (units.group == group).nonzero()[:, 0].tolist()
+            lowest = sorted(columns, key=scores[row].__getitem__)[:quota]
+            assert [c for c in columns if chosen[row, c]] == sorted(lowest)

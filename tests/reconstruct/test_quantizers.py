@@ -146,9 +146,10 @@ def test_freed_sets_only_ever_lower_the_loss_of_a_row(spec: GridSpec, zeros: flo
 
 
 @pytest.mark.parametrize("chunk", [None, 5])
-def test_scales_are_least_squares_on_the_outputs(chunk: int | None) -> None:
+@pytest.mark.parametrize("budget_bytes", [1, 1 << 30])
+def test_scales_are_least_squares_on_the_outputs(chunk: int | None, budget_bytes: int) -> None:
     W, H, X = layer(6, 14)
-    p = Quantization(W, damp(H, 0.0), fit_grid(W, GridSpec(bits=3, chunk=chunk)), W > 9, True, 1 << 30)
+    p = Quantization(W, damp(H, 0.0), fit_grid(W, GridSpec(bits=3, chunk=chunk)), W > 9, True, budget_bytes)
     integers = p.grid.integers(W)
     found = least_squares_scales(p, integers)
     for i in range(6):

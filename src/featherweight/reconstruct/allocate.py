@@ -68,13 +68,7 @@ def cheapest(scores: Tensor, units: Units, rows: int, zeros: int, per_row: bool 
     [[True, False], [True, False]]
     """
     if units.group is not None and units.quota is not None:
-        group = units.group.to(scores.device)
-        by_score = scores.argsort(dim=1, stable=True)
-        by_group = by_score.gather(1, group[by_score].argsort(dim=1, stable=True))
-        sizes = torch.bincount(group)
-        place = torch.arange(len(group), device=group.device) - (sizes.cumsum(0) - sizes)[group.sort().values]
-        goes = place < units.quota.to(group.device)[group.sort().values]
-        return torch.zeros_like(scores, dtype=torch.bool).scatter_(1, by_group, goes.expand_as(scores))
+        return _lowest_of_groups(scores, units.group.to(scores.device), units.quota.to(scores.device))
     sizes = units.weights_of_each(len(scores), rows).to(scores.device)
     prices = scores / sizes
     if per_row:
@@ -87,6 +81,26 @@ def cheapest(scores: Tensor, units: Units, rows: int, zeros: int, per_row: bool 
     before = sizes.flatten()[order].cumsum(0) - sizes.flatten()[order]
     chosen = torch.zeros(scores.numel(), dtype=torch.bool, device=scores.device)
     return chosen.scatter_(0, order, before < zeros).view_as(scores)
+
+
+def _lowest_of_groups(scores: Tensor, group: Tensor, quota: Tensor) -> Tensor:
+    """The `quota` (groups,) lowest scores (rows, n) of each group, whose columns are consecutive; of equals the first."""
+    m, rest = divmod(len(group), len(quota))
+    if not rest and m <= 16 and bool((group == torch.arange(len(group), device=group.device) // m).all()):
+        # Small groups are ranked by comparing all pairs, several times faster than sorting them.
+        values = scores.view(len(scores), -1, m)
+        rank = torch.zeros_like(values, dtype=torch.uint8)
+        for j in range(m):
+            one = values[..., j : j + 1]
+            rank[..., :j] += one < values[..., :j]
+            rank[..., j + 1 :] += one <= values[..., j + 1 :]
+        return (rank < quota[:, None]).view(scores.shape)
+    by_score = scores.argsort(dim=1, stable=True)
+    by_group = by_score.gather(1, group[by_score].argsort(dim=1, stable=True))
+    sizes = torch.bincount(group)
+    place = torch.arange(len(group), device=group.device) - (sizes.cumsum(0) - sizes)[group.sort().values]
+    goes = place < quota[group.sort().values]
+    return torch.zeros_like(scores, dtype=torch.bool).scatter_(1, by_group, goes.expand_as(scores))
 
 
 def _pool(losses: list[float], sizes: list[float]) -> list[float]:

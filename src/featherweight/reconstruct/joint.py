@@ -19,7 +19,7 @@ from featherweight.patterns import Pattern
 from featherweight.reconstruct.admm import admm_joint
 from featherweight.reconstruct.baselines import magnitude
 from featherweight.reconstruct.contest import Judge, Rules, contest
-from featherweight.reconstruct.hessian import layer_loss
+from featherweight.reconstruct.hessian import damp, layer_loss
 from featherweight.reconstruct.problem import Pruning, Quantization, pruning
 from featherweight.reconstruct.pruning import prune
 from featherweight.reconstruct.quantizing import QUANTIZERS, Quantized, polish
@@ -59,6 +59,8 @@ def prune_and_quantize(
     sparse = prune(
         W, H, pattern, sparsity, run=run, damping=damping, budget_bytes=budget_bytes, work=work / 2, judge=judge
     )
+    # What the judge said of damping when it saw the zeros holds for the grid as well.
+    problem = dataclasses.replace(problem, damped=damp(H, sparse.damping))
     fitted = fit_grid(sparse.weights, grid)
     held = Quantization(problem.W, problem.damped, fitted, sparse.pruned, True, budget_bytes)
     greedy = "obq" if QUANTIZERS["obq"].work(held) <= work / 2 else "gptq"

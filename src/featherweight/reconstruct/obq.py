@@ -31,7 +31,10 @@ def obq(problem: Quantization, outliers_first: bool = True) -> Tensor:
     integers = problem.grid.integers(torch.zeros_like(problem.W))
     rows = (free > 0).nonzero()[:, 0]
     rows = rows[free[rows].argsort(stable=True)]
-    for batch in batches(len(rows), bytes_per_matrix(int(free.max()), problem.W.dtype), problem.budget_bytes):
+    each = bytes_per_matrix(int(free.max()), problem.W.dtype)
+    if bool(problem.held.any()):
+        each *= 3  # a row's own H, its factor and its inverse
+    for batch in batches(len(rows), each, problem.budget_bytes):
         _Run(problem, rows[batch], outliers_first).fill(integers)
     return integers
 

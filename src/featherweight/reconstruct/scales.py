@@ -13,6 +13,8 @@ import torch
 from torch import Tensor
 
 from featherweight.grids import Grid
+from featherweight.reconstruct.downdate import batches
+from featherweight.reconstruct.hessian import row_losses
 from featherweight.reconstruct.problem import Quantization
 
 __all__ = ["least_squares_scales"]
@@ -24,28 +26,34 @@ def least_squares_scales(problem: Quantization, integers: Tensor) -> Grid:
     A row keeps its old scales where the new ones are no better after rounding to float32, or not all positive. Chunks
     whose integers are all at zero keep theirs.
     """
-    H, grid, rows, d = problem.damped.H, problem.grid, problem.rows, problem.d
+    chunks = problem.grid.scale.shape[1]
+    scales = [
+        _best_scales(problem, integers, rows)
+        for rows in batches(problem.rows, 8 * (2 * chunks**2 + 4 * problem.d), problem.budget_bytes)
+    ]
+    return dataclasses.replace(problem.grid, scale=torch.cat(scales))
+
+
+def _best_scales(problem: Quantization, integers: Tensor, rows: slice) -> Tensor:
+    H, grid, d = problem.damped.H, problem.grid, problem.d
     columns = torch.arange(d, device=H.device)
-    step, zero_point = grid.at(columns)
-    levels = integers.double() - zero_point
-    chunks = grid.scale.shape[1]
     chunk_of = columns // grid.chunk
-    target = problem.W @ H
+    old_scale = grid.scale[rows]
+    chunks = old_scale.shape[1]
+    W, levels = problem.W[rows], integers[rows].double() - grid.zero_point[rows][:, chunk_of].double()
 
     def by_chunk(values: Tensor) -> Tensor:
-        return values.new_zeros(rows, chunks).index_add_(1, chunk_of, values)
+        return values.new_zeros(len(values), chunks).index_add_(1, chunk_of, values)
 
-    system = torch.empty(rows, chunks, chunks, dtype=H.dtype, device=H.device)
+    system = torch.empty(len(W), chunks, chunks, dtype=H.dtype, device=H.device)
     for k in range(chunks):
         own = slice(k * grid.chunk, min((k + 1) * grid.chunk, d))
         system[:, k] = by_chunk(levels[:, own] @ H[own] * levels)
     idle = by_chunk(levels.abs()) == 0
     diagonal = system.diagonal(dim1=1, dim2=2)
     diagonal.add_(torch.where(idle, 1.0, 1e-12 * diagonal))
-    right = torch.where(idle, grid.scale.double(), by_chunk(target * levels))
+    right = torch.where(idle, old_scale.double(), by_chunk(W @ H * levels))
     best = torch.cholesky_solve(right[:, :, None], torch.linalg.cholesky(system))[:, :, 0].float()
-
-    old_change, new_change = step * levels - problem.W, best.double()[:, chunk_of] * levels - problem.W
-    old, new = (((change @ H) * change).sum(1) for change in (old_change, new_change))
+    old, new = (row_losses(W, scale.double()[:, chunk_of] * levels, H) for scale in (old_scale, best))
     better = (new < old) & (best > 0).all(1) & best.isfinite().all(1)
-    return dataclasses.replace(grid, scale=torch.where(better[:, None], best, grid.scale))
+    return torch.where(better[:, None], best, old_scale)
