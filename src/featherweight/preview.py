@@ -23,6 +23,7 @@ from featherweight.layers import Selected, refuse_nothing, tensors_and_ties
 from featherweight.measure import count
 from featherweight.prune import GradualPruning
 from featherweight.recipe import Recipe, to_dict
+from featherweight.reconstruct import Reconstruct
 from featherweight.state import random_state, set_random_state
 from featherweight.task import Stage, Task, batches
 from featherweight.train import Train
@@ -146,13 +147,14 @@ def preview(task: Task, recipe: Recipe, *, seconds: float = 2.0) -> dict[str, An
     trained = [part for stage in stages for part in stage["training"]]
     looks = len(stages) + 2 + sum(part["evaluations"] for part in trained)
     total = sum(part["steps"] * part["seconds_per_step"] for part in trained) + looks * (evaluation or 0.0)
+    solves = any(isinstance(method, Reconstruct) for method in recipe.stages)
     return {
         "stages": stages,
         "estimate": {
             "seconds": total,
             "evaluations": looks if evaluation is not None else 0,
             "seconds_per_evaluation": evaluation,
-            "not_included": "export, parity, latencies and start-up",
+            "not_included": "export, parity, latencies and start-up" + (", and solving layers" if solves else ""),
             **_needs(task, recipe),
         },
     }

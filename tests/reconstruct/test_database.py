@@ -17,10 +17,10 @@ from torch import Tensor, nn
 
 from featherweight.errors import ArtefactError, DataError, NothingToCompress, NumericalError, OptionError
 from featherweight.reconstruct import prune, prune_and_quantize, quantize
-from featherweight.reconstruct.building import build
-from featherweight.reconstruct.database import Database, load
+from featherweight.reconstruct.building import build_database
+from featherweight.reconstruct.database import Database, load_database
 from featherweight.reconstruct.entries import Contents
-from featherweight.reconstruct.profiles import target, uniform
+from featherweight.reconstruct.profiles import uniform, within
 from featherweight.reconstruct.stitching import stitch
 from tests.models import MODELS
 
@@ -67,8 +67,8 @@ def matrix(name: str, weight: Tensor) -> Tensor:
 def made(tmp_path_factory: pytest.TempPathFactory) -> tuple[Net, list[tuple[Tensor]], list[tuple[Tensor]], Database]:
     model, fit, held_out = net()
     folder = tmp_path_factory.mktemp("database")
-    build(model, fit, forward, folder, SMALL, held_out=held_out)
-    return model, fit, held_out, load(folder)
+    build_database(model, fit, forward, folder, SMALL, held_out=held_out)
+    return model, fit, held_out, load_database(folder)
 
 
 def test_stitched_weights_are_those_of_the_solvers_on_the_layers_inputs(made: tuple) -> None:
@@ -133,7 +133,7 @@ def test_a_mixed_profile_changes_just_what_it_names_and_nothing_else(made: tuple
     stitch(database, model, {"conv.weight": database.entry("conv.weight", "2:4")}, fit, forward)
     changed = {name for name, value in model.state_dict().items() if not torch.equal(value, dense.state_dict()[name])}
     assert changed == {"conv.weight"}
-    found = target(database, 0.4)
+    found = within(database, 0.4)
     model, _, _ = net()
     stitch(database, model, found.choice, fit, forward)
     zeros = {name: int((dict(model.named_parameters())[name] == 0).sum()) for name in database.layers}
@@ -177,7 +177,7 @@ def test_a_byte_budget_takes_more_passes_to_the_same_answers(made: tuple, tmp_pa
         calls.append(1)
         return model(*batch)
 
-    small = build(model, fit, counted, tmp_path, SMALL, held_out=held_out, budget_bytes=1)
+    small = build_database(model, fit, counted, tmp_path, SMALL, held_out=held_out, budget_bytes=1)
     assert len(calls) == 1 + 2 * 5  # MACs are counted once; a layer at a time, both data sets are run through
     for name in database.layers:
         for one, other in zip(database.entries(name), small.entries(name), strict=True):
@@ -194,7 +194,7 @@ def test_the_users_figures_are_taken_with_one_layer_in_place(tmp_path: Path) -> 
     x = fit[0][0]
     answer = model(x).detach()
     before = {name: value.clone() for name, value in model.state_dict().items()}
-    database = build(
+    database = build_database(
         model,
         fit,
         forward,
@@ -212,7 +212,7 @@ def test_the_users_figures_are_taken_with_one_layer_in_place(tmp_path: Path) -> 
                 float((twin(x).detach() - answer).square().mean()), rel=1e-4, abs=1e-12
             )
             assert entry.cost == 3.0 * entry.bytes
-    assert target(database, 0.5, "cost", loss="measured").feasible
+    assert within(database, 0.5, "cost", loss="measured").feasible
 
 
 def test_evaluation_that_fails_leaves_the_model_as_it_was(tmp_path: Path) -> None:
@@ -220,21 +220,21 @@ def test_evaluation_that_fails_leaves_the_model_as_it_was(tmp_path: Path) -> Non
     before = {name: value.clone() for name, value in model.state_dict().items()}
     answers = iter([0.0, 0.0, float("nan")])
     with pytest.raises(NumericalError, match="evaluate gave nan"):
-        build(model, fit, forward, tmp_path, SMALL, evaluate=lambda m: next(answers))
+        build_database(model, fit, forward, tmp_path, SMALL, evaluate=lambda m: next(answers))
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
 
 
 KILLED = """
 import os, signal, sys
 from pathlib import Path
-from tests.reconstruct.test_database import SMALL, build, forward, net
+from tests.reconstruct.test_database import SMALL, build_database, forward, net
 
 def report(event):
     if event["kind"] == "step":
         os.kill(os.getpid(), signal.SIGKILL)
 
 model, fit, held_out = net()
-build(model, fit, forward, sys.argv[1], SMALL, held_out=held_out, report=report)
+build_database(model, fit, forward, sys.argv[1], SMALL, held_out=held_out, report=report)
 """
 
 
@@ -251,12 +251,14 @@ def test_a_killed_run_goes_on_after_the_last_weight_that_it_finished(made: tuple
     [first] = folder.glob("*.safetensors")
     stamp = first.stat().st_mtime_ns
     with pytest.raises(ArtefactError, match="not finished: 1 weights are"):
-        load(folder)
+        load_database(folder)
     solved: list[str] = []
-    build(model, fit, forward, folder, SMALL, held_out=held_out, report=lambda e: solved.append(e.get("text", "")))
+    build_database(
+        model, fit, forward, folder, SMALL, held_out=held_out, report=lambda e: solved.append(e.get("text", ""))
+    )
     assert [text.split()[0] for text in solved if text] == ["fc.weight"]
     assert first.stat().st_mtime_ns == stamp
-    database = load(folder)
+    database = load_database(folder)
     for name in whole.layers:
         for one, other in zip(whole.entries(name), database.entries(name), strict=True):
             assert one == other or one.loss == pytest.approx(other.loss)
@@ -265,7 +267,7 @@ def test_a_killed_run_goes_on_after_the_last_weight_that_it_finished(made: tuple
                 a, b = getattr(settled, part), getattr(again, part)
                 assert (a is None and b is None) or torch.equal(a, b)
     again: list[str] = []
-    build(model, fit, forward, folder, SMALL, held_out=held_out, report=lambda e: again.append(e["kind"]))
+    build_database(model, fit, forward, folder, SMALL, held_out=held_out, report=lambda e: again.append(e["kind"]))
     assert not again
 
 
@@ -279,13 +281,13 @@ def test_a_run_is_not_resumed_as_another_one(made: tuple, tmp_path: Path) -> Non
         (SMALL, fit, {}, "other figures"),
     ):
         with pytest.raises(ArtefactError, match=message):
-            build(model, data, forward, folder, contents, **options)
+            build_database(model, data, forward, folder, contents, **options)
     other, _, _ = net()
     other.conv.weight.data.mul_(2)
     with pytest.raises(ArtefactError, match="another model"):
-        build(other, fit, forward, folder, SMALL, held_out=held_out)
-    anew = build(other, fit, forward, folder, dataclasses.replace(SMALL, bits=()), overwrite=True)
-    assert "3 bit" not in {entry.label for entry in load(folder).entries("fc.weight")}
+        build_database(other, fit, forward, folder, SMALL, held_out=held_out)
+    anew = build_database(other, fit, forward, folder, dataclasses.replace(SMALL, bits=()), overwrite=True)
+    assert "3 bit" not in {entry.label for entry in load_database(folder).entries("fc.weight")}
     assert len(list(folder.iterdir())) == 1 + len(anew.weights)
 
 
@@ -293,7 +295,7 @@ def test_a_folder_with_other_files_is_left_alone(tmp_path: Path) -> None:
     model, fit, _ = net()
     (tmp_path / "thesis.tex").write_text("years of work")
     with pytest.raises(ArtefactError, match=r"thesis\.tex"):
-        build(model, fit, forward, tmp_path, SMALL, overwrite=True)
+        build_database(model, fit, forward, tmp_path, SMALL, overwrite=True)
     assert [path.name for path in tmp_path.iterdir()] == ["thesis.tex"]
 
 
@@ -339,14 +341,14 @@ def test_damage_is_refused_with_the_file(made: tuple, tmp_path: Path, how: str, 
     shutil.copytree(made[3].folder, folder)
     damage(folder, how)
     with pytest.raises(ArtefactError, match=message):
-        load(folder)
+        load_database(folder)
 
 
 def test_78_entries_and_the_dense_one_take_less_than_one_dense_copy(tmp_path: Path) -> None:
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(96, 64, bias=False))
     data = [(torch.randn(256, 96),)]
-    database = build(model, data, forward, tmp_path)
+    database = build_database(model, data, forward, tmp_path)
     entries = database.entries("0.weight")
     assert len(entries) == 1 + 44 + 1 + 29 + 3 + 1
     [file] = tmp_path.glob("*.safetensors")
@@ -362,7 +364,7 @@ def test_every_kind_of_model_is_built_and_stitched(name: str, tmp_path: Path) ->
     model = make().eval()
     data = [inputs(8), inputs(8)]
     contents = Contents(patterns=("weight",), levels=(0.5,), bits=(4,), joint=())
-    database = build(model, data, forward, tmp_path, contents)
+    database = build_database(model, data, forward, tmp_path, contents)
     assert sum(layer.macs for layer in database.layers.values()) <= database.macs
     choice = {
         problem: database.entry(problem, "weight 0.5" if i % 2 else "4 bit")
@@ -382,7 +384,7 @@ def test_an_embeddings_rows_weigh_as_often_as_they_are_looked_up(tmp_path: Path)
     model = nn.Sequential(nn.Embedding(10, 4), nn.Flatten(), nn.Linear(12, 2))
     words = torch.randint(0, 5, (32, 3))
     contents = Contents(patterns=("weight",), levels=(0.25, 0.5, 0.7), bits=(4,), joint=(), layers=("0",))
-    database = build(model, [(words,)], forward, tmp_path, contents)
+    database = build_database(model, [(words,)], forward, tmp_path, contents)
     assert set(database.left) == {"2.weight"} and database.entry("0.weight", "dense").macs == 0.0
     dense = model[0].weight.detach().clone()
     # Words that never occur count as if they had half a time.
@@ -414,11 +416,11 @@ def test_experts_without_data_are_left_with_the_reason(tmp_path: Path) -> None:
 
     data = [(torch.randn(20, 4),)]
     events: list[dict[str, object]] = []
-    database = build(Routed(), data, forward, tmp_path, SMALL, report=events.append)
+    database = build_database(Routed(), data, forward, tmp_path, SMALL, report=events.append)
     assert set(database.layers) == {"used.weight"} and "no calibration batch" in database.left["idle.weight"]
     assert any("idle.weight: no calibration batch" in str(event.get("text")) for event in events)
     with pytest.raises(OptionError, match="It was left alone: no calibration batch"):
-        load(tmp_path).entries("idle.weight")
+        load_database(tmp_path).entries("idle.weight")
 
 
 def test_layers_that_are_too_wide_for_the_work_are_solved_in_blocks(tmp_path: Path) -> None:
@@ -427,7 +429,7 @@ def test_layers_that_are_too_wide_for_the_work_are_solved_in_blocks(tmp_path: Pa
     data = [(torch.randn(100, 48),)]
     # An elimination of 8 rows of 16 columns takes 0.41 * 8 * 16³ multiply-adds; three of them are paid for here.
     contents = dataclasses.replace(SMALL, work=3.01 * 0.41 * 8 * 16**3 / 1e9)
-    database = build(model, data, forward, tmp_path, contents)
+    database = build_database(model, data, forward, tmp_path, contents)
     assert [layer.d for layer in database.layers.values()] == [16, 16, 16]
     assert {entry.solver for name in database.layers for entry in database.entries(name) if entry.level} == {
         "exact_obs"
@@ -447,7 +449,7 @@ def test_parts_of_a_grouped_layer_add_up_to_the_layer(tmp_path: Path) -> None:
     data = [(torch.randn(20, 6, 5, 5),)]
     answer = (model[0](data[0][0]) - model[0].bias.view(-1, 1, 1)).detach()
     dense = model[0].weight.detach().clone()
-    database = build(model, data, forward, tmp_path, dataclasses.replace(SMALL, bits=(), joint=()))
+    database = build_database(model, data, forward, tmp_path, dataclasses.replace(SMALL, bits=(), joint=()))
     found = uniform(database, "weight", 0.5)
     stitch(database, model, found.choice, data, forward)
     change = F.conv2d(data[0][0], model[0].weight.detach() - dense, groups=6)
@@ -459,7 +461,7 @@ def test_few_samples_and_a_judge_still_stitch_to_the_weights_that_were_judged(so
     dense, fit, held_out = net()
     fit = [(fit[0][0][:2],)]
     contents = Contents(patterns=("weight", "2:4"), levels=(0.5, 0.8), bits=(), joint=(), solver=solver)
-    database = build(dense, fit, forward, tmp_path, contents, held_out=held_out)
+    database = build_database(dense, fit, forward, tmp_path, contents, held_out=held_out)
     X = dense.inputs(fit[0][0])
     for label in ("weight 0.5", "weight 0.8", "2:4"):
         model, _, _ = net()
@@ -484,4 +486,4 @@ def test_what_cannot_be_built_is_refused(
 ) -> None:
     model, fit, _ = net()
     with pytest.raises(error, match=message):
-        build(model, fit if data is None else data, forward, tmp_path, contents)
+        build_database(model, fit if data is None else data, forward, tmp_path, contents)

@@ -9,7 +9,7 @@ import pytest
 from featherweight.errors import NothingToCompress, OptionError
 from featherweight.reconstruct.database import Database, Entry, Layer
 from featherweight.reconstruct.entries import Contents
-from featherweight.reconstruct.profiles import Profile, global_loss, target, targets, uniform
+from featherweight.reconstruct.profiles import Profile, global_loss, uniform, within, within_each
 
 LEVELS = (0.25, 0.5, 0.75, 1.0)
 CONTENTS = Contents(patterns=("weight", "2:4"), levels=LEVELS, bits=(4,), joint=())
@@ -50,7 +50,7 @@ def best(cost: str, budget: float, kinds: tuple[str, ...], loss: str = "relative
 @pytest.mark.parametrize("share", [0.9, 1 / 2, 1 / 3, 1 / 4, 0.12])
 @pytest.mark.parametrize("kinds", [("weight",), ("weight", "2:4"), ("2:4", "4 bit")])
 def test_a_share_of_macs_counts_layers_that_nobody_prunes(share: float, kinds: tuple[str, ...]) -> None:
-    found = target(database(), share, kinds=kinds)
+    found = within(database(), share, kinds=kinds)
     rest = 8000.0 - 7040.0
     cost = sum(entry.macs for entry in found.choice.values()) + rest
     assert found.cost == pytest.approx(cost) and found.share == pytest.approx(cost / 8000)
@@ -65,7 +65,7 @@ def test_a_share_of_macs_counts_layers_that_nobody_prunes(share: float, kinds: t
 
 def test_several_targets_list_those_that_cannot_be_met_with_the_least_that_can() -> None:
     # 960 of 8000 MACs are not in the database: 0.12 is the least share, with every layer gone.
-    found = targets(database(), (1 / 2, 0.12, 0.1, 0.0), kinds=("weight",))
+    found = within_each(database(), (1 / 2, 0.12, 0.1, 0.0), kinds=("weight",))
     assert [profile.feasible for profile in found] == [True, True, False, False]
     assert [profile.asked for profile in found] == [1 / 2, 0.12, 0.1, 0.0]
     assert found[2].share == pytest.approx(0.12) and all(e.sparsity == 1.0 for e in found[2].choice.values())
@@ -73,30 +73,30 @@ def test_several_targets_list_those_that_cannot_be_met_with_the_least_that_can()
 
 @pytest.mark.parametrize(("cost", "total", "own"), [("bytes", 1024, 512), (lambda entry: entry.bytes + 1.0, 515, 515)])
 def test_other_costs_have_their_own_total(cost: object, total: float, own: float) -> None:
-    found = target(database(), 0.6, cost, kinds=("4 bit", "weight"))
+    found = within(database(), 0.6, cost, kinds=("4 bit", "weight"))
     read = cost if callable(cost) else lambda entry: float(entry.bytes)
     spent = sum(read(entry) for entry in found.choice.values()) + total - own
     assert found.feasible and found.cost == pytest.approx(spent) and spent <= 0.6 * total
     assert any(entry.kind == "4 bit" for entry in found.choice.values())
-    with_rest = target(database(), 0.6, cost, rest=100.0)
+    with_rest = within(database(), 0.6, cost, rest=100.0)
     assert with_rest.cost == pytest.approx(sum(read(e) for e in with_rest.choice.values()) + 100.0)
 
 
 def test_losses_may_be_chosen_and_weighed() -> None:
     plain, outside = (
-        target(database(), 0.6, kinds=("weight",)),
-        target(database(), 0.6, kinds=("weight",), loss="held_out"),
+        within(database(), 0.6, kinds=("weight",)),
+        within(database(), 0.6, kinds=("weight",), loss="held_out"),
     )
     assert outside.loss == pytest.approx(best("macs", 0.6 * 8000 - 960, ("weight",), "held_out"))
     assert outside.choice["c.weight"].sparsity > plain.choice["c.weight"].sparsity
-    weighed = target(database(), 0.6, kinds=("weight",), sensitivity={"a.weight": 100.0})
+    weighed = within(database(), 0.6, kinds=("weight",), sensitivity={"a.weight": 100.0})
     assert weighed.choice["a.weight"].sparsity < plain.choice["a.weight"].sparsity
-    own = target(database(), 0.6, kinds=("weight",), loss=lambda entry: 7 * entry.relative)
-    assert own.choice == target(database(), 0.6, kinds=("weight",), loss="loss").choice == plain.choice
+    own = within(database(), 0.6, kinds=("weight",), loss=lambda entry: 7 * entry.relative)
+    assert own.choice == within(database(), 0.6, kinds=("weight",), loss="loss").choice == plain.choice
 
 
 def test_layers_that_are_not_named_stay_dense() -> None:
-    found = target(database(), 0.7, kinds=("weight",), layers=("a", "b"))
+    found = within(database(), 0.7, kinds=("weight",), layers=("a", "b"))
     assert found.choice["c.weight"].kind == "dense" and found.share <= 0.7
     assert uniform(database(), "2:4", layers=("c",)).choice["a.weight"].kind == "dense"
 
@@ -139,24 +139,24 @@ def test_uniform_kinds_without_levels() -> None:
 
 
 def test_everything_may_stay_dense() -> None:
-    found = target(database(), 1.0)
+    found = within(database(), 1.0)
     assert found.loss == 0.0 and {entry.kind for entry in found.choice.values()} == {"dense"} and found.feasible
 
 
 @pytest.mark.parametrize(
     ("call", "error", "message"),
     [
-        (lambda d: target(d, 2.0), OptionError, "1/2"),
-        (lambda d: target(d, 0.5, "flops"), OptionError, "macs"),
-        (lambda d: target(d, 0.5, "cost"), OptionError, "build it with cost="),
-        (lambda d: target(d, 0.5, loss="measured"), OptionError, "build it with evaluate="),
-        (lambda d: target(d, 0.5, kinds=("1x4",)), OptionError, "weight, 2:4, 4 bit"),
-        (lambda d: target(d, 0.5, layers=("z",)), NothingToCompress, "Nearest"),
-        (lambda d: target(d, 0.5, sensitivity={"a.wight": 1.0}), OptionError, "a.weight"),
+        (lambda d: within(d, 2.0), OptionError, "1/2"),
+        (lambda d: within(d, 0.5, "flops"), OptionError, "macs"),
+        (lambda d: within(d, 0.5, "cost"), OptionError, "build it with cost="),
+        (lambda d: within(d, 0.5, loss="measured"), OptionError, "build it with evaluate="),
+        (lambda d: within(d, 0.5, kinds=("1x4",)), OptionError, "weight, 2:4, 4 bit"),
+        (lambda d: within(d, 0.5, layers=("z",)), NothingToCompress, "Nearest"),
+        (lambda d: within(d, 0.5, sensitivity={"a.wight": 1.0}), OptionError, "a.weight"),
         (lambda d: uniform(d, "weight"), OptionError, "give the sparsity"),
         (lambda d: uniform(d, "2:4", 0.5), OptionError, "give none"),
         (lambda d: uniform(d, "wight", 0.5), OptionError, "weight"),
-        (lambda d: target(Database(**{**vars(d), "layers": {}}), 0.5), NothingToCompress, "no layer"),
+        (lambda d: within(Database(**{**vars(d), "layers": {}}), 0.5), NothingToCompress, "no layer"),
     ],
 )
 def test_what_cannot_be_asked_is_refused_with_the_way_out(call: object, error: type[Exception], message: str) -> None:
@@ -165,5 +165,5 @@ def test_what_cannot_be_asked_is_refused_with_the_way_out(call: object, error: t
 
 
 def test_a_profile_says_what_it_is() -> None:
-    found = target(database(), 0.5, kinds=("weight",))
+    found = within(database(), 0.5, kinds=("weight",))
     assert isinstance(found, Profile) and str(found).startswith("macs x 0.5: 0.") and "loss" in str(found)

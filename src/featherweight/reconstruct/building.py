@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`build`: the database of a model, computed in one pass over its layers, and resumed where a run was killed.
+"""`build_database`: the database of a model, computed in one pass over its layers, and resumed where a run was killed.
 
 Layer Hessians are taken of the dense model, in batches of layers that fit the byte budget, so that entries do not depend
 on one another and can be combined at will. That is what makes a search cheap, and also what it misses: errors that add up
@@ -39,7 +39,7 @@ from featherweight.reconstruct.database import (
 from featherweight.reconstruct.entries import Contents, Made, entries_of
 from featherweight.reconstruct.hessian import layer_loss
 
-__all__ = ["build", "named_problems", "row_scale"]
+__all__ = ["build_database", "named_problems", "row_scale"]
 
 Forward = Callable[[Any, Any], Any]
 Report = Callable[[dict[str, Any]], None]
@@ -55,7 +55,7 @@ class _Judges:
     cost: Callable[[Entry], float] | None
 
 
-def build(
+def build_database(
     model: nn.Module,
     batches: Iterable[Any],
     forward: Forward,
@@ -71,7 +71,7 @@ def build(
 ) -> Database:
     """Solves every layer of a model for all that `contents` asks for and writes the answers into a folder.
 
-    Saves nothing by itself: it is what `target` chooses from and `stitch` writes. With `evaluate` each entry's weights
+    Saves nothing by itself: it is what `within` chooses from and `stitch` writes. With `evaluate` each entry's weights
     stand in your model while it is called, and the dense ones are put back; nothing else of it is changed.
 
     - `batches`: calibration data, iterated once for each group of layers whose Hessians fit `budget_bytes`, of which half
@@ -88,7 +88,7 @@ def build(
     >>> import tempfile
     >>> model, data = nn.Sequential(nn.Linear(8, 4)), [torch.randn(32, 8)]
     >>> with tempfile.TemporaryDirectory() as folder:
-    ...     database = build(model, data, lambda model, batch: model(batch), folder, Contents(levels=(0.5, 0.9)))
+    ...     database = build_database(model, data, lambda model, batch: model(batch), folder, Contents(levels=(0.5, 0.9)))
     >>> [entry.label for entry in database.entries("0.weight")]
     ['dense', 'weight 0.5', 'weight 0.9', '2:4', '1x4 0.5', '1x4 0.9', '4 bit', '3 bit', '2 bit', '2:4 + 4 bit']
     """

@@ -24,7 +24,7 @@ from featherweight.pack.words import name_of, words
 from featherweight.reconstruct.entries import Contents, Settled, settled
 from featherweight.state import write_atomically
 
-__all__ = ["Database", "Entry", "Layer", "fingerprint", "load", "read", "write_index", "write_tensors"]
+__all__ = ["Database", "Entry", "Layer", "fingerprint", "load_database", "read", "write_index", "write_tensors"]
 
 FORMAT, VERSION = "featherweight database", 1
 INDEX = "index.json"
@@ -98,7 +98,7 @@ class Stored:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Database:
-    """What `build` made and `load` reads. `macs` and `bytes` are the whole dense model's; `left` says what is not in it, why.
+    """What `build_database` made and `load_database` reads. `macs` and `bytes` are the whole dense model's; `left` says what is not in it, why.
 
     `layers` are by problem name. Tensors are read from the folder when they are asked for.
     """
@@ -215,7 +215,7 @@ def write_index(database: Database) -> None:
     write_atomically(database.folder / INDEX, lambda temporary: temporary.write_text(text, encoding="utf-8"))
 
 
-def load(folder: str | Path) -> Database:
+def load_database(folder: str | Path) -> Database:
     """Reads a finished database and verifies every file's checksum; tensors stay on disk until they are asked for.
 
     Raises `ArtefactError` for a folder that is no database, is not finished, is damaged or of a later version.
@@ -229,7 +229,7 @@ def load(folder: str | Path) -> Database:
 
 
 def read(folder: Path) -> Database:
-    """`load`, of a database that may be unfinished."""
+    """`load_database`, of a database that may be unfinished."""
     path = folder / INDEX
     try:
         index = json.loads(path.read_text(encoding="utf-8"))

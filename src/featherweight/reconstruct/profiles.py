@@ -17,7 +17,7 @@ from featherweight.layers import select
 from featherweight.reconstruct.database import Database, Entry
 from featherweight.reconstruct.knapsack import Pick, cheapest, pick
 
-__all__ = ["Profile", "global_loss", "target", "targets", "uniform"]
+__all__ = ["Profile", "global_loss", "uniform", "within", "within_each"]
 
 Figure = str | Callable[[Entry], float]
 
@@ -39,6 +39,18 @@ class Profile:
     loss: float
     bound: float
     feasible: bool
+
+    @property
+    def sparsities(self) -> dict[str, float]:
+        """The share of zeros of each weight that has any, for `Reconstruct(sparsity=..., layers=[*sparsities])`.
+
+        So a profile is realised in a walk with corrected targets, which knows what earlier layers lost. A weight of
+        several problems gets their mean.
+        """
+        parts: dict[str, list[float]] = {}
+        for name, entry in self.choice.items():
+            parts.setdefault(name.partition("[")[0], []).append(entry.sparsity)
+        return {name: sum(shares) / len(shares) for name, shares in parts.items() if any(shares)}
 
     def __str__(self) -> str:
         if not self.feasible:
@@ -96,7 +108,7 @@ def global_loss(
     loss: Figure = "relative",
     sensitivity: Mapping[str, float] | None = None,
 ) -> Profile:
-    """The least summed loss at a share of zeros over all weights in the database together. Options as in `target`."""
+    """The least summed loss at a share of zeros over all weights in the database together. Options as in `within`."""
     offers = _offers(database, kinds, layers)
     total = float(sum(database.layers[name].parameters for name in offers))
     return _solve(
@@ -111,7 +123,7 @@ def global_loss(
     )
 
 
-def target(
+def within(
     database: Database,
     share: float,
     cost: Figure = "macs",
@@ -144,9 +156,11 @@ def target(
     return _solve(f"{title} x {share:.4g}", database, offers, read, share, total, loss, sensitivity)
 
 
-def targets(database: Database, shares: Iterable[float], cost: Figure = "macs", **options: Any) -> tuple[Profile, ...]:
-    """`target` for several shares; those that cannot be met are in the list too, each with the least that can."""
-    return tuple(target(database, share, cost, **options) for share in shares)
+def within_each(
+    database: Database, shares: Iterable[float], cost: Figure = "macs", **options: Any
+) -> tuple[Profile, ...]:
+    """`within` for several shares; those that cannot be met are in the list too, each with the least that can."""
+    return tuple(within(database, share, cost, **options) for share in shares)
 
 
 def _solve(

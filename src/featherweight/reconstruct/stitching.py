@@ -35,19 +35,19 @@ def stitch(
 ) -> None:
     """Writes chosen entries into your model, which must have the dense weights that the database was built of.
 
-    Problems that `choice` (a `Profile.choice`) does not name stay dense. On the batches of `build` the weights are those
+    Problems that `choice` (a `Profile.choice`) does not name stay dense. On the batches of `build_database` the weights are those
     that `prune` and `quantize` gave there. The model changes only once all weights are known: an error leaves it as it
     was. Takes the memory of one copy of the chosen weights; saves nothing that the entries do not.
 
     Raises `ArtefactError` for another model's database and `OptionError` for a choice that is not of this database.
 
     >>> import tempfile
-    >>> from featherweight.reconstruct.building import build
+    >>> from featherweight.reconstruct.building import build_database
     >>> from featherweight.reconstruct.entries import Contents
     >>> def forward(model, batch): return model(batch)
     >>> model, data = nn.Sequential(nn.Linear(8, 4)), [torch.randn(32, 8)]
     >>> with tempfile.TemporaryDirectory() as folder:
-    ...     database = build(model, data, forward, folder, Contents(patterns=("2:4",), bits=(), joint=()))
+    ...     database = build_database(model, data, forward, folder, Contents(patterns=("2:4",), bits=(), joint=()))
     ...     stitch(database, model, {"0.weight": database.entry("0.weight", "2:4")}, data, forward)
     >>> int((model[0].weight == 0).sum())
     16
