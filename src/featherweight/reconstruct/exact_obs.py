@@ -15,6 +15,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from featherweight.reconstruct import together
 from featherweight.reconstruct.allocate import allocate, ascending
 from featherweight.reconstruct.downdate import COMPACT_BELOW, Inverses, batches, bytes_per_matrix
 from featherweight.reconstruct.units import Units
@@ -91,15 +92,17 @@ def eliminate(
     start.diagonal()[padded] = 1.0
     weights = _by_groups(W[:, columns].masked_fill_(padded, 0.0), units)
     groups = len(weights)
-    order = torch.empty(groups, steps, dtype=torch.int32, device=W.device)
-    losses = torch.empty(groups, steps, dtype=W.dtype, device=W.device)
-    for batch in batches(groups, bytes_per_matrix(n * c, W.dtype), budget_bytes):
-        run = _Run(weights[batch].clone(), start, units)
+    order = torch.zeros(groups, steps, dtype=torch.int32, device=W.device)
+    losses = torch.zeros(groups, steps, dtype=W.dtype, device=W.device)
+    own = together.own(torch.arange(groups, device=W.device))
+    for batch in batches(len(own), bytes_per_matrix(n * c, W.dtype), budget_bytes):
+        rows = own[batch]
+        run = _Run(weights[rows], start, units)
         for step in range(steps):
-            order[batch, step], losses[batch, step] = run.step()
+            order[rows, step], losses[rows, step] = run.step()
             if observe is not None:
                 observe(batch, step + 1, run.weights(columns, d))
-    return Elimination(order, losses, units)
+    return Elimination(together.add_up(order), together.add_up(losses), units)
 
 
 def eliminate_with_traces(

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from featherweight.reconstruct import together
 from featherweight.reconstruct.downdate import COMPACT_BELOW, Inverses, batches, bytes_per_matrix
 from featherweight.reconstruct.problem import Quantization
 
@@ -28,15 +29,16 @@ def obq(problem: Quantization, outliers_first: bool = True) -> Tensor:
     Work: 0.41 rows d³ multiply-adds in float64, as `eliminate`.
     """
     free = (~problem.held).sum(1)
-    integers = problem.grid.integers(torch.zeros_like(problem.W))
+    start = problem.grid.integers(torch.zeros_like(problem.W))
+    integers = start.clone()
     rows = (free > 0).nonzero()[:, 0]
-    rows = rows[free[rows].argsort(stable=True)]
+    rows = together.own(rows[free[rows].argsort(stable=True)])
     each = bytes_per_matrix(int(free.max()), problem.W.dtype)
     if bool(problem.held.any()):
         each *= 3  # a row's own H, its factor and its inverse
     for batch in batches(len(rows), each, problem.budget_bytes):
         _Run(problem, rows[batch], outliers_first).fill(integers)
-    return integers
+    return start + together.add_up(integers - start)
 
 
 class _Run:

@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from featherweight.errors import OptionError
+from featherweight.reconstruct import together
 from featherweight.reconstruct.downdate import batches
 from featherweight.reconstruct.hessian import Damped, check_weights, damp
 
@@ -59,11 +60,14 @@ def refit_rows(W: Tensor, damped: Damped, pruned: Tensor, budget_bytes: int = 1 
         right = functional.pad(gone if by_inverse else gone @ damped.H, (0, 1))
         right[:, -1] = 0.0
         move = torch.zeros_like(right)
-        for alike in _alike(which, columns.sum(1), shared):
+        for alike in map(together.own, _alike(which, columns.sum(1), shared)):
+            if not len(alike):
+                continue
             most, each = int(columns[alike[-1]].sum()), int(shared[alike[0]])
             for batch in batches(len(alike), 8 * (3 * most**2 + 2 * most * each + 1), budget_bytes):
                 rows = _rows_of(owner, alike[batch], each)
                 _solve(move, right, source, rows, _indices(columns[alike[batch]]))
+        move = together.add_up(move)
         V += -(move[:, :-1] @ damped.inverse) if by_inverse else move[:, :-1]
     return V.masked_fill_(pruned, 0.0)
 

@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from featherweight.errors import OptionError
+from featherweight.reconstruct import together
 from featherweight.reconstruct.downdate import batches
 from featherweight.reconstruct.problem import Pruning
 from featherweight.reconstruct.refit import refit_rows
@@ -36,13 +37,13 @@ def swap(problem: Pruning, chosen: Tensor, most: int = 64) -> Tensor:
     pruned = chosen.clone()
     kept = (~pruned).sum(1)
     active = ((kept > 0) & (kept < problem.d)).nonzero()[:, 0]
-    by_size = active[kept[active].argsort(stable=True)]
+    by_size = together.own(active[kept[active].argsort(stable=True)])
     candidates = _promising(problem, pruned)
     width = int(kept.max()) + candidates.shape[1] + 1
     for batch in batches(len(by_size), 8 * 4 * width**2, problem.budget_bytes):
         rows = by_size[batch]
         _Table(problem, pruned, rows, candidates[rows]).run(most)
-    return pruned
+    return chosen ^ together.add_up((pruned ^ chosen).int()).bool()
 
 
 def _promising(problem: Pruning, pruned: Tensor) -> Tensor:

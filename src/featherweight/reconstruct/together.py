@@ -1,22 +1,38 @@
 # SPDX-License-Identifier: Apache-2.0
 """Several processes under torchrun: each solves its share of the problems, and all end with the same weights.
 
-A problem is solved by one process, from all of the calibration data, as a single process would solve it: two processes
-give what one gives, to the last bit. Only answers travel, as tensors; nothing is pickled.
+A problem is solved by one process, from all of the calibration data, as a single process would solve it. A step of fewer
+problems than processes is solved by all, who share out the rows in those loops where rows do not see one another. Either
+way two processes give what one gives, to the last bit. Only answers travel, as tensors; nothing is pickled.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-__all__ = ["broadcast", "join", "meet", "processes", "rank", "share"]
+__all__ = [
+    "add_up",
+    "broadcast",
+    "join",
+    "meet",
+    "own",
+    "processes",
+    "rank",
+    "rows_are_shared",
+    "same",
+    "share",
+    "shared_rows",
+]
+
+_rows_are_shared = False
 
 
 def join() -> None:
@@ -80,3 +96,45 @@ def meet() -> None:
     """Waits until all processes have come here."""
     if processes() > 1:
         dist.barrier()
+
+
+@contextlib.contextmanager
+def shared_rows() -> Iterator[None]:
+    """While it lasts, all processes solve the same problem: `own` gives each its rows, `add_up` brings them together."""
+    global _rows_are_shared
+    before, _rows_are_shared = _rows_are_shared, processes() > 1
+    try:
+        yield
+    finally:
+        _rows_are_shared = before
+
+
+def rows_are_shared() -> bool:
+    """Whether all processes are at the same problem now."""
+    return _rows_are_shared
+
+
+def own(rows: Tensor) -> Tensor:
+    """The rows that are this process's: all of them, unless they are shared; then every n-th, so that long ones spread.
+
+    >>> own(torch.arange(3)).tolist()
+    [0, 1, 2]
+    """
+    return rows[rank() :: processes()] if _rows_are_shared else rows
+
+
+def add_up(part: Tensor) -> Tensor:
+    """The sum of all processes' parts, where rows are shared; each part is zero in the others' rows, so nothing is rounded."""
+    if _rows_are_shared:
+        part = part.contiguous()
+        dist.all_reduce(part)
+    return part
+
+
+def same(tensor: Tensor) -> Tensor:
+    """The first process's values, for all: where decisions must agree to the last bit, so must what they are made from."""
+    if processes() == 1:
+        return tensor
+    tensor = tensor.contiguous().clone()
+    dist.broadcast(tensor, 0)
+    return tensor

@@ -124,6 +124,8 @@ class Walk:
         held_out: dict[str, Statistics] = {}
         if self.data.held_out:
             held_out = collect(model, step, self.data.held_out, self.forward, reference=reference)
+        if together.rows_are_shared():
+            fit, held_out = ({name: _agreed(one) for name, one in part.items()} for part in (fit, held_out))
         return fit, held_out
 
 
@@ -170,7 +172,10 @@ def _together(
     wanted: Mapping[str, tuple[Problem, Want]],
     dense: Mapping[str, Problem],
 ) -> dict[str, tuple[Tensor, Solved]]:
-    """The answers to one step: this process's share, and then everybody's."""
+    """The answers to one step: this process's share of its problems, or of their rows, and then everybody's."""
+    if len(step) < together.processes():
+        with together.shared_rows():
+            return dict(_solve_step(run, step, wanted, dense))
     owners = together.share({problem.name: float(problem.height) * problem.d**2 for problem in step})
     mine = [problem for problem in step if owners[problem.name] == together.rank()]
     answers = dict(_solve_step(run, mine, wanted, dense)) if mine else {}
@@ -209,6 +214,14 @@ def _solve_step(
             wide = _wide(run, problem, dense[problem.name], wanted[problem.name][1], most)
             if wide is not None:
                 yield problem.name, (wide.weights, _solved(problem, wide, run.data.samples))
+
+
+def _agreed(statistics: Statistics) -> Statistics:
+    """The first process's sums for all: a last bit that differs could part what they decide."""
+    given = {name: getattr(statistics, name) for name in ("H", "T", "scale")}
+    found: dict[str, Any] = {name: together.same(tensor) for name, tensor in given.items() if tensor is not None}
+    energy = together.same(torch.tensor(statistics.energy, dtype=torch.float64, device=statistics.H.device))
+    return dataclasses.replace(statistics, **found, energy=float(energy))
 
 
 def _zeros(problem: Problem) -> Tensor:
