@@ -29,8 +29,8 @@ from featherweight.correct import correct, output_error
 from featherweight.reconstruct import Contents, Database, Entry, build_database, stitch, uniform, within
 
 RESULTS = Path(__file__).parent / "results"
-CORRECTED = {"within_each": "corrected", "correct": ("batch_norm", "moments", "bias")}
-ALONE = {"within_each": "independent", "correct": ("batch_norm", "moments", "bias")}
+CORRECTED = {"targets": "corrected", "correct": ("batch_norm", "moments", "bias")}
+ALONE = {"targets": "independent", "correct": ("batch_norm", "moments", "bias")}
 # Every method gets the same corrections afterwards; the paper's methods solve layers independently, as it does.
 PRUNE = {
     "magnitude": {"solver": "magnitude", **ALONE},
