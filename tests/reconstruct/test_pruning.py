@@ -8,7 +8,7 @@ import torch
 
 from featherweight.errors import OptionError
 from featherweight.patterns import Pattern
-from featherweight.reconstruct import PRUNERS, prune
+from featherweight.reconstruct import PRUNERS, prune, pruning
 
 from .problems import layer, output_error
 
@@ -106,6 +106,23 @@ def test_best_is_the_least_of_what_its_budget_paid_for() -> None:
         assert result.loss == min(result.losses.values())
     again = prune(W, H, "weight", 0.9)
     assert torch.equal(again.weights, rich.weights) and again.work == rich.work
+
+
+def test_a_budget_too_small_for_the_search_is_said() -> None:
+    W, H, _ = layer(8, 24)
+    assert not prune(W, H, "weight", 0.5).notes
+    assert "magnitude+refit only" in prune(W, H, "weight", 0.5, work=0.0).notes[0]
+
+
+def test_where_the_exact_refit_is_too_dear_gradients_end_at_the_same_weights(monkeypatch: pytest.MonkeyPatch) -> None:
+    W, H, _ = layer(8, 40)
+    exact = prune(W, H, "weight", 0.5, solver="admm")
+    monkeypatch.setattr(pruning, "_gradients_work", lambda problem: 0.0)
+    monkeypatch.setattr(pruning, "refit_rows", None)
+    near = prune(W, H, "weight", 0.5, solver="admm")
+    assert torch.equal(near.pruned, exact.pruned)
+    assert torch.allclose(near.weights, exact.weights, rtol=1e-5, atol=1e-7)
+    assert near.work < exact.work
 
 
 @pytest.mark.parametrize(("pattern", "sparsity"), [("weight", 0.5), ("weight", 0.8), ("2:4", None), ("1x4", 0.5)])

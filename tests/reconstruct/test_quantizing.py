@@ -70,6 +70,7 @@ def test_best_is_the_least_of_what_its_budget_paid_for() -> None:
     rich, poor = quantize(W, H, GridSpec(3)), quantize(W, H, GridSpec(3), work=0.0)
     assert set(rich.losses) == {"nearest", "gptq", "admm+polish"}
     assert set(poor.losses) == {"nearest", "gptq", "gptq+polish"}
+    assert not rich.notes and "gptq+polish only" in poor.notes[0]
     for result in (rich, poor):
         assert result.loss == min(result.losses.values())
 

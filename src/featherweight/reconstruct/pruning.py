@@ -18,6 +18,7 @@ from featherweight.reconstruct import baselines
 from featherweight.reconstruct.admm import admm_mask
 from featherweight.reconstruct.contest import Judge, Rules, affordable, climb, contest, entrants
 from featherweight.reconstruct.exact_obs import eliminate
+from featherweight.reconstruct.gradients import refit_by_gradients
 from featherweight.reconstruct.hessian import Damped, damp, layer_loss
 from featherweight.reconstruct.problem import Pruning, pruning
 from featherweight.reconstruct.refit import refit_rows
@@ -25,6 +26,10 @@ from featherweight.reconstruct.swap import swap
 from featherweight.reconstruct.units import ColumnSets
 
 __all__ = ["PRUNERS", "Pruned", "Pruner", "prune"]
+
+# Where an exact refit would cost more than so many iterations of conjugate gradients (from d = 1900 on, of half the
+# weights), they take its place. On synthetic layers 40 iterations end within 1e-4 of the least loss.
+_GRADIENTS = 80
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -113,7 +118,15 @@ def prune(
         found.judged,
         found.spent,
         damped.damping,
-        (*problem.damped.notes, *found.notes),
+        (*problem.damped.notes, *_unpaid(solver, names, rules), *found.notes),
+    )
+
+
+def _unpaid(solver: str, names: list[str], rules: Rules) -> tuple[str, ...]:
+    if solver != "best" or names[-1].startswith("admm"):
+        return ()
+    return (
+        f"a work budget of {rules.budget:g} pays for {names[-1]} only; the search by ADMM takes {rules.work('admm'):.3g}.",
     )
 
 
@@ -133,11 +146,15 @@ def _takes(problem: Pruning, name: str) -> bool:
 
 
 def _refitted(choose: Callable[[Pruning], Tensor]) -> Callable[[Pruning], tuple[Tensor, Tensor]]:
-    """Exact weights for the mask (rows, d) that `choose` finds."""
+    """Refitted weights for the mask (rows, d) that `choose` finds."""
 
     def solve(problem: Pruning) -> tuple[Tensor, Tensor]:
         pruned = choose(problem)
-        return refit_rows(problem.W, problem.damped, pruned, problem.budget_bytes), pruned
+        if _exact_refit_work(problem) <= _gradients_work(problem):
+            return refit_rows(problem.W, problem.damped, pruned, problem.budget_bytes), pruned
+        H = problem.damped.H
+        right = problem.W @ H
+        return refit_by_gradients(lambda V: V @ H, right, problem.W, pruned, _GRADIENTS, 1e-8, H.diagonal()), pruned
 
     return solve
 
@@ -164,9 +181,17 @@ def _kept(problem: Pruning) -> float:
 
 
 def _refit_work(problem: Pruning) -> float:
+    return min(_exact_refit_work(problem), _gradients_work(problem))
+
+
+def _exact_refit_work(problem: Pruning) -> float:
     smaller = min(_kept(problem), problem.d - _kept(problem))
     factors = 1 if problem.units.rows >= problem.rows else problem.rows / problem.units.rows
     return (factors * smaller**3 / 3 + problem.rows * problem.d**2) / 1e9
+
+
+def _gradients_work(problem: Pruning) -> float:
+    return _GRADIENTS * _sweep(problem)
 
 
 def _obs_work(problem: Pruning) -> float:

@@ -124,7 +124,15 @@ def quantize(
         found.judged,
         found.spent,
         used.damping,
-        (*damped.notes, *found.notes),
+        (*damped.notes, *_unpaid(solver, names, rules), *found.notes),
+    )
+
+
+def _unpaid(solver: str, names: list[str], rules: Rules) -> tuple[str, ...]:
+    if solver != "best" or names[-1] == _SEARCH[0]:
+        return ()
+    return (
+        f"a work budget of {rules.budget:g} pays for {names[-1]} only; {_SEARCH[0]} takes {rules.work(_SEARCH[0]):.3g}.",
     )
 
 
