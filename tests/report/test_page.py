@@ -284,3 +284,16 @@ def test_without_jinja2_the_error_is_the_command_that_installs_it(monkeypatch: p
         render({})
     monkeypatch.undo()
     assert "no verdict" in render({})
+
+
+def test_layers_that_were_solved_are_a_table_with_a_column_for_each_solver() -> None:
+    losses = {"magnitude": 0.5, "admm": 0.1, "admm, damping 0.01": 0.09}
+    row = {"name": "fc.weight", "rows": 4, "d": 8, "solver": "admm, damping 0.01", "error": 0.09, "simple": 0.5}
+    row |= {"losses": losses, "samples": 64, "tokens": 640, "damping": 0.01, "seconds": 1.5, "peak_bytes": 10**9}
+    report = sample_report()
+    report["stages"][0]["solved"] = [row]
+    html = render(report)
+    assert f"Layer errors of {report['stages'][0]['name']}" in html
+    assert html.count("admm</th>") == 1
+    assert html.count("admm, damping") == 0
+    assert "0.09" in html

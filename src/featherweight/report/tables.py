@@ -349,9 +349,12 @@ def _literal(value: str) -> str:
 
 
 def solved(stage: Any, limit: int) -> Table:
-    """What a stage solved layer by layer: errors as shares of the energy of a layer's outputs, and what they cost."""
+    """What a stage solved layer by layer: errors as shares of the energy of a layer's outputs, and what they cost.
+
+    Solvers have a column each; a solver that was tried at several dampings has one, of the first.
+    """
     found = items(stage, "solved")
-    tried = list(dict.fromkeys(name for row in found for name in part(row, "losses")))
+    tried = list(dict.fromkeys(name for row in found for name in part(row, "losses") if ", damping" not in name))
     head = (
         "layer",
         "rows",
@@ -371,7 +374,7 @@ def solved(stage: Any, limit: int) -> Table:
             text(row.get("name")),
             words.count(row.get("rows")),
             words.count(row.get("d")),
-            text(row.get("solver")),
+            re.sub(r", damping [^,]+", "", text(row.get("solver"))),
             *(words.figure(row.get(key)) for key in ("error", "simple")),
             *(words.figure(part(row, "losses").get(name)) for name in tried),
             words.count(row.get("samples")),
