@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Layers as matrices: which tensors of a model are weights, how each reads as rows x columns, the problems that they pose on data."""
 
+from featherweight.layers.held import Held, hold
 from featherweight.layers.kept import RULES, Selected, is_named, keep_by_name, keep_by_rule, names_of, refuse_nothing
 from featherweight.layers.order import call_order
 from featherweight.layers.problems import Problem, problems, split
@@ -12,6 +13,7 @@ from featherweight.layers.zeros import Zeros, existing_zeros, unwrap
 
 __all__ = [
     "RULES",
+    "Held",
     "Problem",
     "Selected",
     "Statistics",
@@ -24,6 +26,7 @@ __all__ = [
     "existing_zeros",
     "fill",
     "from_matrix",
+    "hold",
     "is_named",
     "keep_by_name",
     "keep_by_rule",

@@ -88,13 +88,13 @@ def collect(
     if isinstance(batches, Iterator):
         batches = list(batches)
     with quiet(*(one for one in (model, reference) if one is not None)):
-        run = _prepare(model, reference, problems, share=True)
+        run = prepare(model, reference, problems, share=True)
         try:
-            _stream(run, batches, forward)
+            stream(run, batches, forward)
         except _Unshared:
-            run = _prepare(model, reference, problems, share=False)
-            _stream(run, batches, forward)
-    return {name: found for fed in run.sums.values() for one in fed for name, found in _statistics(one, model)}
+            run = prepare(model, reference, problems, share=False)
+            stream(run, batches, forward)
+    return {name: found for fed in run.sums.values() for one in fed for name, found in statistics_of(one, model)}
 
 
 class _Unshared(Exception):
@@ -114,7 +114,7 @@ class _Run:
     share: bool
 
 
-def _prepare(model: nn.Module, reference: nn.Module | None, problems: Sequence[Problem], share: bool) -> _Run:
+def prepare(model: nn.Module, reference: nn.Module | None, problems: Sequence[Problem], share: bool) -> _Run:
     wanted = _wanted(model, problems)
     twins = [] if reference is None else [_twin(use, reference) for use, _ in wanted if use.kind != "embedding"]
     weights = {(use.name, use.leaf): weight for use, weight in wanted}
@@ -164,7 +164,7 @@ def _sums(problems: Sequence[Problem]) -> dict[str, list[Sums | Counts]]:
     return found
 
 
-def _stream(run: _Run, batches: Iterable[Any], forward: Forward) -> None:
+def stream(run: _Run, batches: Iterable[Any], forward: Forward) -> None:
     # A forward may end once all that is wanted was seen: known only where the first batch used each weight just once.
     once = once_in_reference = False
     index = -1
@@ -257,7 +257,7 @@ def _items(batch: Any) -> int:
     return next((_items(part) for part in parts if isinstance(part, Tensor)), 1)
 
 
-def _statistics(one: Sums | Counts, model: nn.Module) -> Iterator[tuple[str, Statistics]]:
+def statistics_of(one: Sums | Counts, model: nn.Module) -> Iterator[tuple[str, Statistics]]:
     if one.tokens == 0:
         return
     if isinstance(one, Counts):

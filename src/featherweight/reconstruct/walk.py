@@ -23,7 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from featherweight.layers import Problem, Statistics, call_steps, collect, passes, problems
+from featherweight.layers import Problem, Statistics, call_steps, collect, hold, passes, problems
 from featherweight.reconstruct import together
 from featherweight.reconstruct.answer import Answer, Want, solve
 from featherweight.reconstruct.calibration import Calibration
@@ -124,6 +124,12 @@ class Walk:
         held_out: dict[str, Statistics] = {}
         if self.data.held_out:
             held_out = collect(model, step, self.data.held_out, self.forward, reference=reference)
+        return self.agreed(fit, held_out)
+
+    def agreed(
+        self, fit: dict[str, Statistics], held_out: dict[str, Statistics]
+    ) -> tuple[dict[str, Statistics], dict[str, Statistics]]:
+        """The same sums in all processes, where these share rows."""
         if together.rows_are_shared():
             fit, held_out = ({name: _agreed(one) for name, one in part.items()} for part in (fit, held_out))
         return fit, held_out
@@ -233,14 +239,32 @@ def _zeros(problem: Problem) -> Tensor:
 def _wide(run: Walk, problem: Problem, dense: Problem, want: Want, most: int) -> Answer | None:
     """A problem in blocks: in the model as it is by now, or, for an independent walk, in a copy of the dense one."""
     if run.targets == "corrected":
-        return solve_wide(
-            problem, dense.matrix(), most, lambda blocks: run.collected(blocks, run.model, run.reference), want
-        )
-    before = run.reference if run.targets == "independent" else run.model
-    host = copy.deepcopy(before)
-    whole = next(other for other in problems(host)[0] if other.name == problem.name)
-    whole.write(problem.matrix())
-    return solve_wide(whole, dense.matrix(), most, lambda blocks: run.collected(blocks, host, before), want)
+        host, reference, whole = run.model, run.reference, problem
+    else:
+        reference = run.reference if run.targets == "independent" else run.model
+        host = copy.deepcopy(reference)
+        whole = next(other for other in problems(host)[0] if other.name == problem.name)
+        whole.write(problem.matrix())
+    return solve_wide(whole, dense.matrix(), most, _blocks_of(run, whole, host, reference), want)
+
+
+def _blocks_of(
+    run: Walk, whole: Problem, host: nn.Module, reference: nn.Module
+) -> Callable[[Sequence[Problem]], tuple[dict[str, Statistics], dict[str, Statistics]]]:
+    """Gives statistics of blocks: from the layer's inputs, where those fit in the byte budget, else run by run."""
+    held = []
+    for part in (run.data.fit, run.data.held_out):
+        room = run.budget_bytes // 4
+        kept = hold(host, whole, part, run.forward, reference=reference, most_bytes=room) if part else None
+        if part and kept is None:
+            return lambda blocks: run.collected(blocks, host, reference)
+        held.append(kept)
+
+    def look(blocks: Sequence[Problem]) -> tuple[dict[str, Statistics], dict[str, Statistics]]:
+        fit, held_out = ({} if part is None else part.statistics(blocks) for part in held)
+        return run.agreed(fit, held_out)
+
+    return look
 
 
 def _solved(problem: Problem, answer: Answer, samples: int) -> Solved:
