@@ -84,6 +84,7 @@ def hold(
     For weights that read one input a call: not for fused attention projections, whose parts read three, nor embeddings.
     Also None where the data never reached it.
 
+    >>> import torch
     >>> from featherweight.layers import problems
     >>> layer = nn.Linear(4, 2, bias=False)
     >>> [problem], _ = problems(layer)
