@@ -12,7 +12,7 @@ import contextlib
 import dataclasses
 import math
 from collections.abc import Callable, Collection, Iterable, Iterator
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -28,7 +28,15 @@ from featherweight.correct.outputs import (
     output_error,
     squared_error,
 )
-from featherweight.correct.surroundings import canonical, evaluation, restore, seeded, snapshot, undone_on_error
+from featherweight.correct.surroundings import (
+    Snapshot,
+    canonical,
+    evaluation,
+    restore,
+    seeded,
+    snapshot,
+    undone_on_error,
+)
 from featherweight.correct.zeros import standing_zeros
 from featherweight.errors import NumericalError, OptionError, nearest
 from featherweight.layers import Zeros, unwrap, weights
@@ -36,6 +44,7 @@ from featherweight.layers import Zeros, unwrap, weights
 __all__ = ["MATCH", "check_fit", "fit_outputs", "movable"]
 
 MATCH = ("both", "layers", "outputs")
+_CUT, _CUTS = 1 / 3, 4
 
 
 def fit_outputs(
@@ -46,7 +55,7 @@ def fit_outputs(
     forward: Forward,
     *,
     frozen: Collection[str] = (),
-    lr: float = 1e-3,
+    lr: float = 1e-2,
     epochs: int = 20,
     patience: int = 3,
     match: str = "both",
@@ -56,11 +65,11 @@ def fit_outputs(
     """Trains what remains of your model on the reference's outputs, and leaves it in its best state on held-out samples.
 
     Adam, `epochs` passes over the batches, its step falling as a cosine from `lr` times the root mean square of each
-    tensor's non-zeros, so that weights of any scale move alike. Stops after `patience` epochs without a lower held-out
-    `output_error`. `match` says whose outputs count: `layers`, the model's (`outputs`), or `both`. Zeros of weights stay
+    tensor's non-zeros, so that weights of any scale move alike. After `patience` epochs without a lower held-out
+    `output_error` it goes on from the best state with a third of the step, and the fourth time it stops. `match` says whose outputs count: `layers`, the model's (`outputs`), or `both`. Zeros of weights stay
     zero, ties stay ties, `frozen` parameters (weights on a grid) do not move, BatchNorm runs on its statistics; gradients
     and `requires_grad` are the caller's again afterwards. The reference's outputs are computed batch by batch. Saves
-    nothing; holds two copies of the parameters besides Adam's two.
+    nothing; holds two copies of the parameters, besides their gradients and Adam's two.
 
     Raises `OptionError`, `DataError` or `NumericalError`; the model is then as it was.
 
@@ -80,7 +89,12 @@ def fit_outputs(
     if not free:
         return Moved((), left)
     held = standing_zeros(model, reference)
-    with seeded(seed, model), undone_on_error(free.values()), evaluation(model, reference), _training(model, free):
+    with (
+        undone_on_error(free.values()) as start,
+        seeded(seed, model),
+        evaluation(model, reference),
+        _training(model, free),
+    ):
         target = _target(model, reference, batches, forward, match)
         optimizer = torch.optim.Adam([{"params": [p], "lr": lr * size} for p, size in _sizes(free.values())])
         zeros = Zeros(optimizer)
@@ -89,7 +103,7 @@ def fit_outputs(
                 zeros.hold(parameter, held[id(parameter)])
         try:
             error = lambda: output_error(model, reference, held_out_batches, forward)  # noqa: E731
-            better = _train(model, target, batches, zeros, error, epochs, patience, progress)
+            better = _train(model, target, batches, zeros, start, error, epochs, patience, progress)
         finally:
             zeros.release()
     return Moved(tuple(free), left) if better else Moved((), left | {"all": "no epoch lowered the held-out error"})
@@ -165,7 +179,9 @@ class _Target:
 def _target(model: nn.Module, reference: nn.Module, batches: Iterable[Any], forward: Forward, match: str) -> _Target:
     """With the energies of all outputs over all batches, so that each weighs alike."""
     names = dict(unwrap(reference).named_modules())
-    found = dict.fromkeys(w.layer for w in weights(unwrap(model))[0] if w.layer and w.layer in names)
+    # What the model as a whole gives counts as its own output; where it is one layer, as the layer's.
+    own = [w.layer for w in weights(unwrap(model))[0] if w.layer or match == "layers"]
+    found = dict.fromkeys(layer for layer in own if layer in names)
     target = _Target(reference, forward, () if match == "outputs" else tuple(found), match != "layers")
     energies: dict[str, float] = {}
     count = 0
@@ -204,37 +220,38 @@ def _train(
     target: _Target,
     batches: Iterable[Any],
     zeros: Zeros,
+    best: Snapshot,
     error: Callable[[], float],
     epochs: int,
     patience: int,
     progress: Callable[[int, int], None],
 ) -> bool:
-    """Leaves the parameters of the optimizer in their best state; whether that is better than the first."""
-    optimizer = zeros.optimizer
-    if optimizer is None:
-        return False
-    free = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-    total = epochs * target.batches
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda i: (1 + math.cos(math.pi * min(i / total, 1))) / 2)
-    best, least = snapshot(free), error()
-    start, waited = least, 0
+    """Leaves the parameters of `best` in their best state; whether that is better than the first."""
+    free, total = [parameter for parameter, _ in best], epochs * target.batches
+    optimizer = cast(torch.optim.Optimizer, zeros.optimizer)
+    full = [group["lr"] for group in optimizer.param_groups]
+    start = least = error()
+    done = waited = cuts = 0
     for epoch in range(epochs):
-        try:
+        now = math.inf
+        with contextlib.suppress(NumericalError):  # it diverged
             for batch in batches:
-                loss = _loss(model, target, batch)
-                if not bool(loss.isfinite()):
-                    raise NumericalError("The loss is not finite; lr is too large.")
-                _step(loss, free, optimizer, zeros)
-                schedule.step()
+                fall = (1 + math.cos(math.pi * min(done / total, 1.0))) / 2 * _CUT**cuts
+                for group, lr in zip(optimizer.param_groups, full, strict=True):
+                    group["lr"] = lr * fall
+                _step(_loss(model, target, batch), free, optimizer, zeros)
+                done += 1
             now = error()
-        except NumericalError:  # it diverged: the best state so far is what there is
-            break
         progress(epoch + 1, epochs)
         waited = 0 if now < least else waited + 1
         if now < least:
             best, least = snapshot(free), now
-        if waited >= patience:
-            break
+        if waited >= patience or not math.isfinite(now):
+            restore(best)
+            optimizer.state.clear()
+            waited, cuts = 0, cuts + 1
+            if cuts == _CUTS:
+                break
     restore(best)
     return least < start
 
@@ -242,6 +259,8 @@ def _train(
 def _step(loss: Tensor, free: list[Tensor], optimizer: torch.optim.Optimizer, zeros: Zeros) -> None:
     if not loss.requires_grad:  # nothing that may move has a part in it
         return
+    if not bool(loss.isfinite()):
+        raise NumericalError("The loss is not finite; lr is too large.")
     gradients = torch.autograd.grad(loss, free, allow_unused=True)
     for parameter, gradient in zip(free, gradients, strict=True):
         parameter.grad = gradient.to_dense() if gradient is not None and gradient.is_sparse else gradient

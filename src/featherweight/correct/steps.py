@@ -37,7 +37,7 @@ def correct(
     frozen: Collection[str] = (),
     seed: int = 0,
     epochs: int = 20,
-    lr: float = 1e-3,
+    lr: float = 1e-2,
     patience: int = 3,
     match: str = "both",
     report: Callable[[dict[str, Any]], None] = lambda event: None,
@@ -84,42 +84,47 @@ def correct(
             report({"kind": "progress", "correction": step, "step": done, "total": total})
 
         data = (model, reference, fit_batches)
+        options: dict[str, Any] = {"frozen": frozen, "progress": progress}
         with seeded(seed, model):
             if step == "batch_norm":
                 return reestimate_batch_norm(model, fit_batches, forward)
             if step == "moments":
-                return match_moments(*data, forward, frozen=frozen, progress=progress)
+                return match_moments(*data, forward, **options)
             if step == "bias":
-                return correct_bias(*data, forward, frozen=frozen, again=again, progress=progress)
-            fit: dict[str, Any] = {"lr": lr, "epochs": epochs, "patience": patience, "match": match, "seed": seed}
-            return fit_outputs(*data, held_out_batches, forward, frozen=frozen, progress=progress, **fit)
+                return correct_bias(*data, forward, again=again, **options)
+            options |= {"lr": lr, "epochs": epochs, "patience": patience, "match": match, "seed": seed}
+            return fit_outputs(*data, held_out_batches, forward, **options)
 
+    touched = {step: _touched(model, step, frozen) for step in steps}
     done: list[Correction] = []
-    touched = [_touched(model, step, frozen) for step in steps]
-    # keep_if_better undoes the step that failed; here are those before it.
-    with undone_on_error({id(t): t for tensors in touched[:-1] for t in tensors}.values()):
+    with undone_on_error({id(tensor): tensor for step in steps for tensor in touched[step]}.values()):
         least = error() if steps else 0.0
-        for step, tensors in zip(steps, touched, strict=True):
-            one = (
-                _answers_alike(step)
-                if least == 0
-                else keep_if_better(step, partial(attempt, step), tensors, error, least)
-            )
-            again = [other.name for other in done if other.kept and other.name in ("batch_norm", "moments")]
-            if step == "bias" and again and least > 0:
-                # Biases move what norms read, whose corrections are then made again; on some networks that is better.
-                other = keep_if_better(step, partial(attempt, step, again), tensors, error, one.error)
-                one = dataclasses.replace(other, before=one.before) if other.kept else one
+        for step in steps:
+            one = _try(step, attempt, touched[step], error, least, done)
             done.append(one)
             least = one.error
-            report(
-                {"kind": "correction", **dataclasses.asdict(one), "after": one.after if one.after < math.inf else None}
-            )
+            after = one.after if math.isfinite(one.after) else None
+            report({"kind": "correction", **dataclasses.asdict(one), "after": after})
     return tuple(done)
 
 
-def _answers_alike(step: str) -> Correction:
-    return Correction(step, 0.0, 0.0, False, "nothing to correct: the model answers as the reference does")
+def _try(
+    step: str,
+    attempt: Callable[..., Moved],
+    tensors: list[Tensor],
+    error: Callable[[], float],
+    least: float,
+    done: Sequence[Correction],
+) -> Correction:
+    if least == 0:
+        return Correction(step, 0.0, 0.0, False, "nothing to correct: the model answers as the reference does")
+    one = keep_if_better(step, partial(attempt, step), tensors, error, least)
+    again = [other.name for other in done if other.kept and other.name in ("batch_norm", "moments")]
+    if step == "bias" and again:
+        # Norms read what biases move. To make their corrections again is better on some networks and worse on others.
+        second = keep_if_better(step, partial(attempt, step, again), tensors, error, one.error)
+        return dataclasses.replace(second, before=one.before) if second.kept else one
+    return one
 
 
 def _check(steps: Sequence[str]) -> tuple[str, ...]:

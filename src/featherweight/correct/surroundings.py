@@ -73,11 +73,11 @@ def restore(saved: Snapshot) -> None:
 
 
 @contextlib.contextmanager
-def undone_on_error(tensors: Iterable[Tensor]) -> Iterator[None]:
-    """Gives the tensors their values back where anything is raised, Ctrl-C included. Holds a copy of them meanwhile."""
+def undone_on_error(tensors: Iterable[Tensor]) -> Iterator[Snapshot]:
+    """Gives the tensors their values back where anything is raised, Ctrl-C included. Yields the copy it holds of them."""
     saved = snapshot(tensors)
     try:
-        yield
+        yield saved
     except BaseException:
         restore(saved)
         raise
