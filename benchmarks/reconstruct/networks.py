@@ -3,7 +3,8 @@
 
 metric: the user's figure and the error of the outputs, for every method at every sparsity, pattern and number of bits.
 cost: minutes and peak memory of pruning a whole network to 75 % zeros. training: after training against gradual pruning
-with fine-tuning, at equal sparsity. flops: 2, 3 and 4 times fewer MACs, by profiles from the database. Each run is a line of results/EXPERIMENT.jsonl, written as it ends: an experiment
+with fine-tuning, at equal sparsity. flops: 2, 3 and 4 times fewer MACs, by profiles from the database. order: independent, sequential and
+corrected targets. Each run is a line of results/EXPERIMENT.jsonl, written as it ends: an experiment
 that was stopped goes on, and one that is whole is only printed.
 """
 
@@ -102,6 +103,30 @@ def metric(options: argparse.Namespace, there: list[Row]) -> Iterator[Row]:
                 found = subject.per_sample(model)
                 row["output_error"] = output_error(model, subject.model, unseen, subject.forward)
                 row |= {"metric": subject.summary(found), **difference(subject, dense, found)}
+                yield {"subject": name, "case": case, "method": method, **row}
+
+
+def order(options: argparse.Namespace, there: list[Row]) -> Iterator[Row]:
+    """What the walk's targets are worth: the same solver, with and without what corrects the network afterwards."""
+    done = {(row["subject"], row["case"], row["method"]) for row in there}
+    ways = {
+        f"{targets}{', corrections after' if after else ''}": {"targets": targets, "correct": after}
+        for after in ((), CORRECTED["correct"])
+        for targets in ("independent", "sequential", "corrected")
+    }
+    for name in options.subjects or SUBJECTS:
+        subject = SUBJECTS[name]()
+        aside = max(1, len(subject.calibration) // 5)
+        calibration, unseen = subject.calibration[:-aside], subject.calibration[-aside:]
+        for case in options.cases:
+            asked, _ = CASES[case]
+            for method, how in ways.items():
+                if (name, case, method) in done or (options.methods and method not in options.methods):
+                    continue
+                work = {"work": options.work, "memory": options.memory}
+                model, row = compressed(subject, calibration, fw.Reconstruct(**asked, **how, **work))
+                row["output_error"] = output_error(model, subject.model, unseen, subject.forward)
+                row["metric"] = subject.evaluate(model)
                 yield {"subject": name, "case": case, "method": method, **row}
 
 
@@ -238,6 +263,7 @@ EXPERIMENTS: dict[str, Callable[[argparse.Namespace, list[Row]], Iterator[Row]]]
     "cost": cost,
     "training": training,
     "flops": flops,
+    "order": order,
 }
 
 if __name__ == "__main__":

@@ -1,0 +1,175 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`python -m benchmarks.reconstruct.tables`: the tables of docs/reconstruct.md from results, between their marks in the page."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+import statistics
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+RESULTS = Path(__file__).parent / "results"
+PAGE = Path(__file__).parents[2] / "docs" / "reconstruct.md"
+Row = dict[str, Any]
+METHODS = {
+    False: ("magnitude", "AdaPrune-like", "SparseGPT", "ExactOBS", "ours, independent", "ours"),
+    True: ("nearest", "GPTQ", "OBQ", "AdaRound", "ours, independent", "ours"),
+}
+LAYER_CASES = ("weight 50%", "weight 70%", "weight 80%", "weight 90%", "2:4", "1x4 50%", "3 bit", "2 bit")
+
+
+def main() -> None:
+    text = PAGE.read_text(encoding="utf-8")
+    for name, table in TABLES.items():
+        body = table()
+        if body:
+            text = re.sub(rf"(<!-- {name} -->\n).*?(<!-- end -->)", lambda m: m[1] + "\n" + body + "\n\n" + m[2], text, count=1, flags=re.DOTALL)  # fmt: skip  # noqa: B023
+    PAGE.write_text(text, encoding="utf-8")
+
+
+def lines(name: str) -> list[Row]:
+    """Rows of an experiment of `networks`; the last one of each subject, case and method."""
+    path = RESULTS / f"{name}.jsonl"
+    found = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    return list({(row.get("subject"), row.get("case"), row.get("method")): row for row in found}.values())
+
+
+def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    cells = [head, ["---"] * len(head), *rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in cells)
+
+
+def by_method(cell: Callable[[Row], str]) -> str:
+    """A table a subject and kind: cases down, methods across."""
+    found = lines("metric")
+    parts = []
+    for subject in dict.fromkeys(row["subject"] for row in found):
+        own = [row for row in found if row["subject"] == subject]
+        [dense] = [row for row in own if row["case"] == "dense"]
+        title = f"**{subject}**: {dense['name']}, dense {figure(dense['metric'])}, n = {dense['n']:,}"
+        for rounds in (False, True):
+            cases = [
+                case
+                for case in dict.fromkeys(row["case"] for row in own)
+                if ("bit" in case) == rounds and case != "dense"
+            ]
+            seen = {(row["case"], row["method"]): row for row in own}
+            methods = [m for m in METHODS[rounds] if any((case, m) in seen for case in cases)]
+            rows = [[case, *(cell(seen[case, m]) if (case, m) in seen else "" for m in methods)] for case in cases]
+            if rows:
+                parts.append((title + "\n\n" if not rounds else "") + table(["", *methods], rows))
+    return "\n\n".join(parts)
+
+
+def figure(value: float) -> str:
+    return f"{value:.1f}" if abs(value) >= 10 else f"{value:.3f}"
+
+
+def metric() -> str:
+    return by_method(lambda row: figure(row["metric"]))
+
+
+def output() -> str:
+    return by_method(
+        lambda row: f"{row['output_error']:.2g}" if row["output_error"] < 100 else f"{row['output_error']:.0f}"
+    )
+
+
+def layers() -> str:
+    """Geometric means over layers of a solver's error over ExactOBS's or OBQ's, and its seconds over theirs."""
+    parts = []
+    for experiment, base in (("pruning", "exact_obs"), ("quantization", "obq")):
+        for path in sorted(RESULTS.glob(f"{experiment}*.json")):
+            found = json.loads(path.read_text())
+            rows = found["results"]
+            count = len({row["layer"] for row in rows})
+            name = found["facts"]["network"] or "digits network and synthetic layers"
+            solvers = [s for s in dict.fromkeys(row["solver"] for row in rows) if s != base]
+            cases = [case for case in LAYER_CASES if any(row["case"] == case for row in rows)]
+            body = [[case, *(ratio(rows, case, solver, base) for solver in solvers)] for case in cases]
+            parts.append(f"**{name}**, {count} layers, error over that of `{base}` (seconds over its seconds)\n\n" + table(["", *solvers], body))  # fmt: skip
+    return "\n\n".join(parts)
+
+
+def ratio(rows: list[Row], case: str, solver: str, base: str) -> str:
+    of = {(row["solver"], row["layer"]): row for row in rows if row["case"] == case}
+    shared = [layer for name, layer in of if name == solver and (base, layer) in of]
+    if not shared:
+        return ""
+    error = math.exp(statistics.fmean(math.log(of[solver, one]["error"] / of[base, one]["error"]) for one in shared))
+    seconds = [sum(of[name, one]["seconds"] for one in shared) for name in (solver, base)]
+    return f"{error:.3f} ({seconds[0] / seconds[1]:.2f})"
+
+
+def cost() -> str:
+    parts = []
+    speed = RESULTS / "speed.json"
+    if speed.exists():
+        rows = json.loads(speed.read_text())["results"]
+        body = [[r["run"], f"{statistics.median(r['seconds']):.2f}", f"{r['times_lazy']:.1f}", f"{r['peak_grew_bytes'] / 2**20:.0f} MiB", "yes" if r["same_order"] else "no"] for r in rows]  # fmt: skip
+        title = f"ExactOBS on {rows[0]['rows']} x {rows[0]['d']}, against the reference's loop of in-place rank-1 updates:\n\n"
+        parts.append(title + table(["", "seconds", "times ours", "memory", "same order"], body))
+    fitted = RESULTS / "cost.json"
+    if fitted.exists():
+        fits = [row for row in json.loads(fitted.read_text())["results"] if "exponent_d" in row]
+        body = [[f"`{r['solver']}`", f"{r['exponent_rows']:.2f}", f"{r['exponent_d']:.2f}"] for r in fits]
+        parts.append("Seconds as rows^a · d^b, fitted where they exceed 0.1 s (d = 144 to 1152, 16 to 256 rows):\n\n" + table(["solver", "a", "b"], body))  # fmt: skip
+    whole = lines("cost")
+    if whole:
+        body = [[r["subject"], str(r["layers"]), f"{r['seconds'] / 60:.1f}", f"{r['processor_seconds'] / 60:.1f}", f"{r['peak_bytes'] / 1e9:.1f} GB", str(r["threads"])] for r in whole]  # fmt: skip
+        parts.append("Whole networks to 75 % zeros (peak memory of the process, network and data included):\n\n" + table(["network", "weights", "minutes", "processor minutes", "peak memory", "threads"], body))  # fmt: skip
+    return "\n\n".join(parts)
+
+
+def training() -> str:
+    rows = lines("training")
+    body = [[f"{r['case']:.0%}", r["method"], figure(r["metric"]), f"{100 * r['change']:+.2f} [{100 * r['low']:+.2f}, {100 * r['high']:+.2f}]", f"{r['seconds'] / 60:.1f}", f"{r['processor_seconds'] / 60:.1f}"] for r in rows]  # fmt: skip
+    return (
+        table(["zeros", "method", "accuracy", "points, paired, 95 %", "minutes", "processor minutes"], body)
+        if rows
+        else ""
+    )
+
+
+def order() -> str:
+    rows = lines("order")
+    ways = list(dict.fromkeys(row["method"] for row in rows))
+    seen = {(row["subject"], row["case"], row["method"]): row for row in rows}
+    body = [
+        [
+            subject,
+            case,
+            *(
+                f"{seen[subject, case, way]['output_error']:.2g}" if (subject, case, way) in seen else ""
+                for way in ways
+            ),
+        ]
+        for subject, case in dict.fromkeys((row["subject"], row["case"]) for row in rows)
+    ]
+    return table(["network", "", *ways], body) if rows else ""
+
+
+def database() -> str:
+    rows = lines("flops")
+    body = [[r["case"], r["method"], f"{r['macs']:.3f}", figure(r["metric"]), f"{100 * r['change']:+.2f} [{100 * r['low']:+.2f}, {100 * r['high']:+.2f}]"] for r in rows]  # fmt: skip
+    if not rows:
+        return ""
+    size = f"The database of {rows[0]['subject']} (44 levels of each layer) is {rows[0]['database_bytes'] / 1e6:.1f} MB.\n\n"
+    return size + table(["fewer MACs", "method", "share of MACs", "metric", "points, paired, 95 %"], body)
+
+
+TABLES: dict[str, Callable[[], str]] = {
+    "metric": metric,
+    "output": output,
+    "layers": layers,
+    "cost": cost,
+    "training": training,
+    "database": database,
+    "order": order,
+}
+
+if __name__ == "__main__":
+    main()
