@@ -68,6 +68,7 @@ def main() -> None:
     parser.add_argument("--methods", nargs="*", metavar="NAME", help="default: all of a case")
     parser.add_argument("--work", type=float, default=1000.0, help="1e9 multiply-adds that a search may take a layer")
     parser.add_argument("--memory", default="2 GB")
+    parser.add_argument("--solver", default="admm", help="of cost")
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
     parser.add_argument("--results", type=Path, default=RESULTS)
     options = parser.parse_args()
@@ -211,9 +212,16 @@ def cost(options: argparse.Namespace, there: list[Row]) -> Iterator[Row]:
             continue
         subject = (COSTS | SUBJECTS)[name]()
         start = peak_bytes()
-        method = fw.Reconstruct(0.75, targets="independent", correct=(), work=options.work, memory=options.memory)
+        method = fw.Reconstruct(0.75, targets="independent", correct=(), solver=options.solver, memory=options.memory)
         _, row = compressed(subject, subject.calibration, method)
-        yield {"subject": name, **row, "peak_bytes": peak_bytes(), "peak_bytes_before": start, "memory": options.memory}
+        yield {
+            "subject": name,
+            "solver": options.solver,
+            **row,
+            "peak_bytes": peak_bytes(),
+            "peak_bytes_before": start,
+            "memory": options.memory,
+        }
 
 
 def training(options: argparse.Namespace, there: list[Row]) -> Iterator[Row]:

@@ -119,8 +119,8 @@ def cost() -> str:
         parts.append("Seconds as rows^a · d^b, fitted where they exceed 0.1 s (d = 144 to 1152, 16 to 256 rows):\n\n" + table(["solver", "a", "b"], body))  # fmt: skip
     whole = lines("cost")
     if whole:
-        body = [[r["subject"], str(r["layers"]), f"{r['seconds'] / 60:.1f}", f"{r['processor_seconds'] / 60:.1f}", f"{r['peak_bytes'] / 1e9:.1f} GB", str(r["threads"])] for r in whole]  # fmt: skip
-        parts.append("Whole networks to 75 % zeros (peak memory of the process, network and data included):\n\n" + table(["network", "weights", "minutes", "processor minutes", "peak memory", "threads"], body))  # fmt: skip
+        body = [[r["subject"], f"`{r['solver']}`", str(r["layers"]), f"{r['seconds'] / 60:.1f}", f"{r['processor_seconds'] / 60:.1f}", f"{r['peak_bytes'] / 1e9:.1f} GB", str(r["threads"])] for r in whole]  # fmt: skip
+        parts.append("Whole networks to 75 % zeros (peak memory of the process, network and data included):\n\n" + table(["network", "solver", "weights", "minutes", "processor minutes", "peak memory", "threads"], body))  # fmt: skip
     return "\n\n".join(parts)
 
 
