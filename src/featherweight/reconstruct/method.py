@@ -100,7 +100,7 @@ class Reconstruct:
     held_out: float = 0.2
     damping: float = 1e-4
     memory: str | int = "2 GB"
-    work: float = 1000.0
+    work: float = 300.0
 
     def __post_init__(self) -> None:
         me = type(self).__name__
