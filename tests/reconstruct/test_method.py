@@ -136,6 +136,16 @@ def test_a_pruned_model_is_refitted_to_the_model_it_came_from() -> None:
     assert error(model, task) < 0.3 * error(damaged, task)
 
 
+def test_a_refit_needs_the_layers_of_the_model_that_it_answers_to() -> None:
+    task = make_task()
+    model = copy.deepcopy(task.model)
+    fw.Factorize(rank=2, layers=("head",))(model, task, fw.Stage())
+    before = copy.deepcopy(model)
+    with pytest.raises(OptionError, match=r"head\.0\.weight is 2 x 16 here and not in the task's own model"):
+        fw.Reconstruct()(model, task, fw.Stage())
+    assert same(model, before)
+
+
 def test_what_is_left_alone_is_said_with_its_reason() -> None:
     class Sleeper(Net):
         def __init__(self) -> None:

@@ -194,6 +194,7 @@ class Reconstruct:
         """Solves the layers, corrects what is left of the error, and gives the weights that no sample reached."""
         source = model if self._changes else task.model
         reference = copy.deepcopy(unwrap(source)).eval().to(next(model.parameters()).device)
+        _check_same_layers(chosen, reference)
         for text in _short_groups(self.parsed, (problem for problem, _ in chosen.values())):
             stage.report({"kind": "message", "text": text})
         shelf = Shelf.at(stage.folder, stage.name, stage.resume, Solved.from_dict)
@@ -283,6 +284,16 @@ class Reconstruct:
             for name, weight in whole.items()
             if weight.kind != "transposed linear"
         }
+
+
+def _check_same_layers(chosen: Mapping[str, tuple[Problem, Want]], reference: nn.Module) -> None:
+    there = {problem.name: (problem.height, problem.d) for problem in problems(reference)[0]}
+    for name, (problem, _) in chosen.items():
+        if there.get(name) != (problem.height, problem.d):
+            raise OptionError(
+                f"{name} is {problem.height} x {problem.d} here and not in the task's own model, which a refit answers to: "
+                f"an earlier stage changed the structure. Reconstruct before it, or keep={[problem.weight.name]}."
+            )
 
 
 def _last_match(weight: Weight, values: float | Mapping[str, float] | None) -> float | None:
