@@ -161,7 +161,9 @@ def speed(options: argparse.Namespace) -> list[Row]:
             "seconds": [round(one, 2) for one in seconds[name]],
             "peak_grew_bytes": grown[name],
             "times_lazy": statistics.median(seconds[name]) / statistics.median(seconds[f"lazy, {dtype}"]),
+            # In float32 the two round differently, and a close call may go either way.
             "same_order": bool(torch.equal(order[name], order[f"lazy, {dtype}"])),
+            "same_as_float64": float((order[name] == order["lazy, float64"]).double().mean()),
         }
         found.append(row)
         print(
@@ -183,21 +185,28 @@ def cost(options: argparse.Namespace) -> list[Row]:
             layer = synthetic_layer(rows, d)
             for name, solve in solvers.items():
                 with Peak() as peak:
-                    start = time.perf_counter()
+                    start, processor = time.perf_counter(), time.process_time()
                     result = solve(layer)
-                    seconds = time.perf_counter() - start
-                row = {"solver": name, "rows": rows, "d": d, "seconds": seconds, "work": result.work}
-                found.append({**row, "peak_grew_bytes": peak.grown})
+                    seconds, processor = time.perf_counter() - start, time.process_time() - processor
+                row = {"solver": name, "rows": rows, "d": d, "seconds": seconds, "processor_seconds": processor}
+                found.append({**row, "work": result.work, "peak_grew_bytes": peak.grown})
                 print(f"{name:20} {rows:4} x {d:5} {seconds:8.3f} s, peak +{peak.grown / 2**20:6.0f} MiB", flush=True)
-    fits = []
-    for name in solvers:
-        points = [row for row in found if row["solver"] == name and row["seconds"] > 0.1]
-        if len(points) > 3:
-            shape = np.array([[1.0, math.log(row["rows"]), math.log(row["d"])] for row in points])
-            (_, a, b), *_ = np.linalg.lstsq(shape, np.log([row["seconds"] for row in points]), rcond=None)
-            fits.append({"solver": name, "points": len(points), "exponent_rows": float(a), "exponent_d": float(b)})
-            print(f"{name:20} seconds ~ rows^{a:.2f} d^{b:.2f} ({len(points)} points)")
-    return found + fits
+    fits = [_fit(name, [row for row in found if row["solver"] == name]) for name in solvers]
+    return found + [fit for fit in fits if fit]
+
+
+def _fit(solver: str, found: list[Row], least: float = 0.1) -> Row:
+    """Least-squares exponents of what takes more than `least` seconds: below, it is the calls that count."""
+    points = [row for row in found if row["seconds"] > least]
+    fit: Row = {"solver": solver, "points": len(points)}
+    if len(points) < 4:
+        return {}
+    shape = np.array([[1.0, math.log(row["rows"]), math.log(row["d"])] for row in points])
+    for what in ("seconds", "processor_seconds"):
+        (_, a, b), *_ = np.linalg.lstsq(shape, np.log([row[what] for row in points]), rcond=None)
+        fit |= {f"{what}_by_rows": round(float(a), 2), f"{what}_by_d": round(float(b), 2)}
+    print(", ".join(f"{key} {value}" for key, value in fit.items()))
+    return fit
 
 
 def rank_one_loop(W: Tensor, inverse: Tensor) -> Tensor:
@@ -221,7 +230,7 @@ def rank_one_loop(W: Tensor, inverse: Tensor) -> Tensor:
 
 
 class Peak:
-    """How far the process's resident memory rose above where it began, looked at every 2 ms; Linux only."""
+    """How far the process's resident memory rose above where it began, looked at every 10 ms; Linux only."""
 
     def __enter__(self) -> Peak:
         self._first = self._most = _resident()
@@ -236,7 +245,7 @@ class Peak:
         self.grown = self._most - self._first
 
     def _watch(self) -> None:
-        while not self._over.wait(0.002):
+        while not self._over.wait(0.01):
             self._most = max(self._most, _resident())
 
 

@@ -102,6 +102,7 @@ def eliminate(
             order[rows, step], losses[rows, step] = run.step()
             if observe is not None:
                 observe(batch, step + 1, run.weights(columns, d))
+        del run  # before the next batch takes its memory
     return Elimination(together.add_up(order), together.add_up(losses), units)
 
 

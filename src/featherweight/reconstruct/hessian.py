@@ -41,7 +41,8 @@ class Damped:
     @functools.cached_property
     def inverse(self) -> Tensor:
         """H⁻¹ (d, d), made on first use."""
-        return torch.cholesky_inverse(self.factor)
+        # It comes column by column and is symmetric: transposed, its rows lie together and copies keep it so.
+        return torch.cholesky_inverse(self.factor).mT
 
     @property
     def notes(self) -> tuple[str, ...]:

@@ -35,7 +35,7 @@ def obq(problem: Quantization, outliers_first: bool = True) -> Tensor:
     rows = together.own(rows[free[rows].argsort(stable=True)])
     each = bytes_per_matrix(int(free.max()), problem.W.dtype)
     if bool(problem.held.any()):
-        each *= 3  # a row's own H, its factor and its inverse
+        each *= 3  # a row's own H, its factor and its inverse, two at a time, and the solver's workspace
     for batch in batches(len(rows), each, problem.budget_bytes):
         _Run(problem, rows[batch], outliers_first).fill(integers)
     return start + together.add_up(integers - start)
@@ -55,7 +55,9 @@ class _Run:
             H.diagonal(dim1=1, dim2=2).add_(~real)
             # What is held differs from zero where the weights were: their removal moves the others' best values.
             gone = functional.pad(torch.where(held, problem.W[rows], 0.0) @ problem.damped.H, (0, 1))
-            stack = torch.cholesky_inverse(torch.linalg.cholesky(H))
+            H = torch.linalg.cholesky(H)
+            stack = torch.cholesky_inverse(H).mT
+            del H
             move = (stack @ torch.where(real, gone.gather(1, self.name), 0.0)[:, :, None])[:, :, 0]
         else:
             stack = problem.damped.inverse.expand(len(rows), -1, -1).clone()
