@@ -170,6 +170,20 @@ def test_what_is_left_alone_is_named_with_its_reason() -> None:
         match_moments(model, reference, [torch.randn(30, 4)], forward, frozen=["frozen.biass"])
 
 
+def test_a_channel_that_does_not_vary_gets_its_mean_and_keeps_its_scale() -> None:
+    """A batch norm's channel whose filter is all zeros; the deviation to reach cannot be had by scaling."""
+    torch.manual_seed(0)
+    reference = nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4))
+    model = copy.deepcopy(reference)
+    model[0].weight.data[1] = 0.0
+    x = torch.randn(8, 3, 5, 5)
+    match_moments(model, reference, [x], call)
+    assert model[1].weight[1] == reference[1].weight[1]
+    model.eval(), reference.eval()
+    assert torch.allclose(model(x).mean((0, 2, 3)), reference(x).mean((0, 2, 3)), atol=1e-5)
+    assert all(bool(parameter.isfinite().all()) for parameter in model.parameters())
+
+
 def test_a_channel_that_pruning_took_stays_gone() -> None:
     torch.manual_seed(0)
     reference = nn.Sequential(nn.Linear(5, 5), nn.LayerNorm(5))

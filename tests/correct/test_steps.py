@@ -266,6 +266,23 @@ def test_an_attempt_that_gives_nan_is_undone_and_told() -> None:
     assert torch.equal(weight.view(torch.int32), before.view(torch.int32))
 
 
+@pytest.mark.parametrize("error", [RuntimeError(), Stopped()])
+def test_an_attempt_that_fails_or_gains_nothing_is_undone(error: BaseException) -> None:
+    weight = torch.tensor([1.0])
+
+    def move(raised: BaseException | None = None) -> Moved:
+        weight.add_(1.0)
+        if raised is not None:
+            raise raised
+        return Moved(("weight",))
+
+    with pytest.raises(type(error)):
+        keep_if_better("move", lambda: move(error), [weight], lambda: 0.0, before=1.0)
+    assert weight == 1.0
+    assert not keep_if_better("move", move, [weight], lambda: 1.0, before=1.0).kept
+    assert weight == 1.0
+
+
 def test_half_precision_is_corrected_in_its_own_dtype() -> None:
     torch.manual_seed(0)
     reference = nn.Sequential(nn.Linear(8, 8), nn.LayerNorm(8), nn.Linear(8, 4)).to(torch.bfloat16)
