@@ -25,7 +25,9 @@ class Moved:
     @property
     def note(self) -> str:
         """For a report: `3 tensors corrected; left alone: fc (has no bias)`."""
-        done = f"{len(self.names)} tensors corrected" if self.names else "nothing to correct"
+        done = (
+            f"{len(self.names)} tensor{'s' * (len(self.names) > 1)} corrected" if self.names else "nothing to correct"
+        )
         if self.left and not self.names:
             done = "nothing corrected"
         few = [f"{name} ({reason})" for name, reason in list(self.left.items())[:5]]

@@ -68,7 +68,7 @@ def correct(
     >>> for done in correct(model, reference, data, data, lambda model, batch: model(batch), ["batch_norm", "bias"]):
     ...     print(done.name, done.kept, done.note)
     batch_norm False nothing to correct
-    bias True 1 tensors corrected
+    bias True 1 tensor corrected
     """
     steps = _check(steps)
     check_fit(lr, epochs, patience, match)
