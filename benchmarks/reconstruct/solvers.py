@@ -27,7 +27,7 @@ from torch import Tensor
 
 from benchmarks.reconstruct.layers import Layer, digits_layers, network_layers, synthetic_layer
 from featherweight.grids import GridSpec
-from featherweight.reconstruct import (
+from featherweight.solvers import (
     PRUNERS,
     QUANTIZERS,
     damp,

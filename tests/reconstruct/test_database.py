@@ -16,12 +16,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from featherweight.errors import ArtefactError, DataError, NothingToCompress, NumericalError, OptionError
-from featherweight.reconstruct import prune, prune_and_quantize, quantize
 from featherweight.reconstruct.building import build_database
 from featherweight.reconstruct.database import Database, load_database
 from featherweight.reconstruct.entries import Contents
 from featherweight.reconstruct.profiles import uniform, within
 from featherweight.reconstruct.stitching import stitch
+from featherweight.solvers import prune, prune_and_quantize, quantize
 from tests.models import MODELS
 
 SMALL = Contents(patterns=("weight", "2:4"), levels=(0.5, 0.8), bits=(3,), joint=(("2:4", None, 4),))

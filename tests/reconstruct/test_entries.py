@@ -11,11 +11,10 @@ from torch import Tensor
 from featherweight.errors import OptionError
 from featherweight.grids import fit_grid
 from featherweight.patterns import parse_pattern
-from featherweight.reconstruct import damp, eliminate, layer_loss, prune, prune_and_quantize, quantize, refit, units_of
 from featherweight.reconstruct.entries import Contents, Made, default_levels, entries_of, first_level, settled
-
-from .elsewhere import Elsewhere, Pretending
-from .problems import layer
+from featherweight.solvers import damp, eliminate, layer_loss, prune, prune_and_quantize, quantize, refit, units_of
+from tests.solvers.elsewhere import Elsewhere, Pretending
+from tests.solvers.problems import layer
 
 FEW = Contents(patterns=(), bits=(), joint=())
 

@@ -21,11 +21,11 @@ from torch import Tensor
 from featherweight.errors import NumericalError
 from featherweight.grids import GridSpec
 from featherweight.layers import Problem, Statistics
-from featherweight.reconstruct.hessian import damp
-from featherweight.reconstruct.joint import prune_and_quantize
-from featherweight.reconstruct.pruning import Pruned, prune
-from featherweight.reconstruct.quantizing import Quantized, quantize
-from featherweight.reconstruct.refit import refit
+from featherweight.solvers.hessian import damp
+from featherweight.solvers.joint import prune_and_quantize
+from featherweight.solvers.pruning import Pruned, prune
+from featherweight.solvers.quantizing import Quantized, quantize
+from featherweight.solvers.refit import refit
 
 __all__ = ["Answer", "Want", "corrected", "error_of", "simple_weights", "solve"]
 

@@ -37,7 +37,7 @@ from featherweight.reconstruct.database import (
     write_tensors,
 )
 from featherweight.reconstruct.entries import Contents, Made, entries_of
-from featherweight.reconstruct.hessian import layer_loss
+from featherweight.solvers.hessian import layer_loss
 
 __all__ = ["build_database", "named_problems", "row_scale"]
 

@@ -23,15 +23,15 @@ from featherweight.errors import OptionError
 from featherweight.grids import Grid, GridSpec
 from featherweight.pack.bits import bytes_of, pack_fields, unpack_fields
 from featherweight.patterns import Pattern, parse_pattern
-from featherweight.reconstruct.allocate import ascending
-from featherweight.reconstruct.exact_obs import Elimination, eliminate
-from featherweight.reconstruct.hessian import Damped
-from featherweight.reconstruct.joint import prune_and_quantize
-from featherweight.reconstruct.problem import pruning
-from featherweight.reconstruct.pruning import PRUNERS, prune
-from featherweight.reconstruct.quantizing import Quantized, quantize
-from featherweight.reconstruct.refit import refit_rows
-from featherweight.reconstruct.units import Units, units_of
+from featherweight.solvers.allocate import ascending
+from featherweight.solvers.exact_obs import Elimination, eliminate
+from featherweight.solvers.hessian import Damped
+from featherweight.solvers.joint import prune_and_quantize
+from featherweight.solvers.problem import pruning
+from featherweight.solvers.pruning import PRUNERS, prune
+from featherweight.solvers.quantizing import Quantized, quantize
+from featherweight.solvers.refit import refit_rows
+from featherweight.solvers.units import Units, units_of
 
 __all__ = ["Contents", "Made", "Settled", "default_levels", "entries_of", "first_level", "refitted", "settled"]
 

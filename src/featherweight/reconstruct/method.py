@@ -30,14 +30,14 @@ from featherweight.layers import (
 )
 from featherweight.patterns import Pattern, parse_pattern
 from featherweight.plan import Plan
-from featherweight.reconstruct import together
 from featherweight.reconstruct.answer import Want
 from featherweight.reconstruct.calibration import Calibration, draw
-from featherweight.reconstruct.pruning import PRUNERS
-from featherweight.reconstruct.quantizing import QUANTIZERS
 from featherweight.reconstruct.shelf import Shelf
 from featherweight.reconstruct.walk import TARGETS, Solved, Walk, walk
 from featherweight.sizes import parse_bytes
+from featherweight.solvers import together
+from featherweight.solvers.pruning import PRUNERS
+from featherweight.solvers.quantizing import QUANTIZERS
 from featherweight.task import Stage, Task
 
 __all__ = ["Reconstruct"]
@@ -60,7 +60,7 @@ class Reconstruct:
       or not. With sparsity too, both are decided together. With neither, the weights around the zeros that are there
       are refitted to the task's own model.
     - solver: `best` tries what `work` (1e9 multiply-adds a layer) pays for and keeps what is best on held-out samples;
-      or a name of `featherweight.reconstruct.PRUNERS` or `QUANTIZERS`.
+      or a name of `featherweight.solvers.PRUNERS` or `QUANTIZERS`.
     - targets: `corrected` solves layers in the order of calls, each on the inputs that it now gets, to answer as the
       dense model does; `sequential` to answer as its own weights would; `independent` as if all others were dense, as
       Optimal Brain Compression does (arXiv 2208.11580).

@@ -12,7 +12,7 @@ from typing import Any
 from torch import Tensor
 
 from featherweight.errors import ArtefactError
-from featherweight.reconstruct import together
+from featherweight.solvers import together
 from featherweight.state import load_state, save_state
 
 __all__ = ["Shelf"]

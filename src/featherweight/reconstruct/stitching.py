@@ -18,7 +18,7 @@ from featherweight.layers import Problem, Statistics, collect, passes, tensors_a
 from featherweight.reconstruct.building import named_problems, row_scale
 from featherweight.reconstruct.database import Database, Entry
 from featherweight.reconstruct.entries import Settled, refitted
-from featherweight.reconstruct.hessian import damp
+from featherweight.solvers.hessian import damp
 
 __all__ = ["stitch"]
 

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from featherweight.layers import Problem, Statistics, split
 from featherweight.reconstruct.answer import Answer, Want, corrected, error_of, simple_weights, solve
-from featherweight.reconstruct.refit import refit
+from featherweight.solvers.refit import refit
 
 __all__ = ["most_columns", "solve_wide"]
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from featherweight.reconstruct.problem import Quantization
+from featherweight.solvers.problem import Quantization
 
 __all__ = ["gptq", "upper_factor"]
 

@@ -15,8 +15,8 @@ import math
 import torch
 from torch import Tensor
 
-from featherweight.reconstruct.hessian import row_losses
-from featherweight.reconstruct.problem import Quantization
+from featherweight.solvers.hessian import row_losses
+from featherweight.solvers.problem import Quantization
 
 __all__ = ["STEPS", "adaround"]
 

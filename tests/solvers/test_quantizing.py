@@ -8,10 +8,9 @@ import torch
 
 from featherweight.errors import OptionError
 from featherweight.grids import GridSpec, fit_grid
-from featherweight.reconstruct import QUANTIZERS, damp, prune, prune_and_quantize, quantize
-from featherweight.reconstruct.hessian import row_losses
-
-from .problems import layer, output_error
+from featherweight.solvers import QUANTIZERS, damp, prune, prune_and_quantize, quantize
+from featherweight.solvers.hessian import row_losses
+from tests.solvers.problems import layer, output_error
 
 
 @pytest.mark.parametrize("spec", [GridSpec(2), GridSpec(3, symmetric=True), GridSpec(4, chunk=8), GridSpec(8)], ids=str)

@@ -9,16 +9,15 @@ import pytest
 import torch
 
 from featherweight.grids import GridSpec, fit_grid
-from featherweight.reconstruct import descent, quantize
-from featherweight.reconstruct import gptq as gptq_room
-from featherweight.reconstruct.descent import coordinate_descent, set_descent
-from featherweight.reconstruct.gptq import gptq, upper_factor
-from featherweight.reconstruct.hessian import damp, row_losses
-from featherweight.reconstruct.obq import obq
-from featherweight.reconstruct.problem import Quantization
-from featherweight.reconstruct.scales import least_squares_scales
-
-from .problems import layer
+from featherweight.solvers import descent, quantize
+from featherweight.solvers import gptq as gptq_room
+from featherweight.solvers.descent import coordinate_descent, set_descent
+from featherweight.solvers.gptq import gptq, upper_factor
+from featherweight.solvers.hessian import damp, row_losses
+from featherweight.solvers.obq import obq
+from featherweight.solvers.problem import Quantization
+from featherweight.solvers.scales import least_squares_scales
+from tests.solvers.problems import layer
 
 SPECS = [GridSpec(bits=2), GridSpec(bits=3, symmetric=True), GridSpec(bits=4, chunk=7)]
 

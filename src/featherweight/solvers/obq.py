@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from featherweight.reconstruct import together
-from featherweight.reconstruct.downdate import COMPACT_BELOW, Inverses, batches, bytes_per_matrix
-from featherweight.reconstruct.problem import Quantization
+from featherweight.solvers import together
+from featherweight.solvers.downdate import COMPACT_BELOW, Inverses, batches, bytes_per_matrix
+from featherweight.solvers.problem import Quantization
 
 __all__ = ["obq"]
 

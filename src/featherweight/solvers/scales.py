@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 
 from featherweight.grids import Grid
-from featherweight.reconstruct.downdate import batches
-from featherweight.reconstruct.hessian import row_losses
-from featherweight.reconstruct.problem import Quantization
+from featherweight.solvers.downdate import batches
+from featherweight.solvers.hessian import row_losses
+from featherweight.solvers.problem import Quantization
 
 __all__ = ["least_squares_scales"]
 

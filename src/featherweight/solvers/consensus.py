@@ -17,7 +17,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from featherweight.reconstruct.hessian import Damped
+from featherweight.solvers.hessian import Damped
 
 __all__ = ["Project", "consensus"]
 

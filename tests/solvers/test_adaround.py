@@ -9,12 +9,11 @@ import pytest
 import torch
 
 from featherweight.grids import Grid, GridSpec, fit_grid
-from featherweight.reconstruct import quantize
-from featherweight.reconstruct.adaround import adaround
-from featherweight.reconstruct.hessian import damp, row_losses
-from featherweight.reconstruct.problem import Quantization
-
-from .problems import layer
+from featherweight.solvers import quantize
+from featherweight.solvers.adaround import adaround
+from featherweight.solvers.hessian import damp, row_losses
+from featherweight.solvers.problem import Quantization
+from tests.solvers.problems import layer
 
 
 def problem(rows: int, d: int, spec: GridSpec, seed: int) -> Quantization:

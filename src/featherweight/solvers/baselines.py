@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from featherweight.errors import OptionError
-from featherweight.reconstruct.allocate import cheapest
-from featherweight.reconstruct.problem import Pruning
+from featherweight.solvers.allocate import cheapest
+from featherweight.solvers.problem import Pruning
 
 __all__ = ["magnitude", "sparsegpt", "wanda"]
 

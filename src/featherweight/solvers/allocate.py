@@ -14,7 +14,7 @@ import heapq
 import torch
 from torch import Tensor
 
-from featherweight.reconstruct.units import Units
+from featherweight.solvers.units import Units
 
 __all__ = ["allocate", "ascending", "cheapest"]
 

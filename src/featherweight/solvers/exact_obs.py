@@ -15,10 +15,10 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from featherweight.reconstruct import together
-from featherweight.reconstruct.allocate import allocate, ascending
-from featherweight.reconstruct.downdate import COMPACT_BELOW, Inverses, batches, bytes_per_matrix
-from featherweight.reconstruct.units import Units
+from featherweight.solvers import together
+from featherweight.solvers.allocate import allocate, ascending
+from featherweight.solvers.downdate import COMPACT_BELOW, Inverses, batches, bytes_per_matrix
+from featherweight.solvers.units import Units
 
 __all__ = ["Elimination", "eliminate", "eliminate_again", "eliminate_with_traces"]
 

@@ -16,14 +16,14 @@ from torch import Tensor
 
 from featherweight.grids import Grid, GridSpec, fit_grid
 from featherweight.patterns import Pattern
-from featherweight.reconstruct.admm import admm_joint
-from featherweight.reconstruct.baselines import magnitude
-from featherweight.reconstruct.contest import Judge, Rules, contest
-from featherweight.reconstruct.hessian import damp, layer_loss
-from featherweight.reconstruct.problem import Pruning, Quantization, pruning
-from featherweight.reconstruct.pruning import prune
-from featherweight.reconstruct.quantizing import QUANTIZERS, Quantized, polish
-from featherweight.reconstruct.units import ColumnSets
+from featherweight.solvers.admm import admm_joint
+from featherweight.solvers.baselines import magnitude
+from featherweight.solvers.contest import Judge, Rules, contest
+from featherweight.solvers.hessian import damp, layer_loss
+from featherweight.solvers.problem import Pruning, Quantization, pruning
+from featherweight.solvers.pruning import prune
+from featherweight.solvers.quantizing import QUANTIZERS, Quantized, polish
+from featherweight.solvers.units import ColumnSets
 
 __all__ = ["prune_and_quantize"]
 

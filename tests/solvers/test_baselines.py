@@ -5,10 +5,9 @@ import numpy as np
 import pytest
 
 from featherweight.errors import OptionError
-from featherweight.reconstruct import baselines
-from featherweight.reconstruct.problem import pruning
-
-from .problems import layer
+from featherweight.solvers import baselines
+from featherweight.solvers.problem import pruning
+from tests.solvers.problems import layer
 
 
 def test_magnitude_removes_the_smallest_weights_of_the_layer() -> None:

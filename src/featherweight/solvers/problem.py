@@ -10,8 +10,8 @@ from torch import Tensor
 from featherweight.errors import OptionError
 from featherweight.grids import Grid
 from featherweight.patterns import Pattern
-from featherweight.reconstruct.hessian import Damped, check_weights, damp
-from featherweight.reconstruct.units import ColumnSets, Units, units_of
+from featherweight.solvers.hessian import Damped, check_weights, damp
+from featherweight.solvers.units import ColumnSets, Units, units_of
 
 __all__ = ["Pruning", "Quantization", "pruning"]
 

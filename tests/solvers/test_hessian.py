@@ -6,9 +6,8 @@ import pytest
 import torch
 
 from featherweight.errors import NumericalError, OptionError
-from featherweight.reconstruct import damp, layer_loss
-
-from .problems import layer, output_error
+from featherweight.solvers import damp, layer_loss
+from tests.solvers.problems import layer, output_error
 
 
 def test_the_loss_is_the_output_error_per_sample() -> None:

@@ -15,15 +15,15 @@ from torch import Tensor
 
 from featherweight.errors import OptionError
 from featherweight.grids import Grid, GridSpec, fit_grid
-from featherweight.reconstruct.adaround import STEPS, adaround
-from featherweight.reconstruct.admm import admm_grid
-from featherweight.reconstruct.contest import Judge, Rules, affordable, climb, contest, entrants
-from featherweight.reconstruct.descent import coordinate_descent, set_descent
-from featherweight.reconstruct.gptq import gptq
-from featherweight.reconstruct.hessian import Damped, check_weights, damp, layer_loss, row_losses
-from featherweight.reconstruct.obq import obq
-from featherweight.reconstruct.problem import Quantization
-from featherweight.reconstruct.scales import least_squares_scales
+from featherweight.solvers.adaround import STEPS, adaround
+from featherweight.solvers.admm import admm_grid
+from featherweight.solvers.contest import Judge, Rules, affordable, climb, contest, entrants
+from featherweight.solvers.descent import coordinate_descent, set_descent
+from featherweight.solvers.gptq import gptq
+from featherweight.solvers.hessian import Damped, check_weights, damp, layer_loss, row_losses
+from featherweight.solvers.obq import obq
+from featherweight.solvers.problem import Quantization
+from featherweight.solvers.scales import least_squares_scales
 
 __all__ = ["QUANTIZERS", "Quantized", "Quantizer", "quantize"]
 

@@ -13,9 +13,9 @@ from torch import Tensor
 from torch.nn import functional
 
 from featherweight.errors import OptionError
-from featherweight.reconstruct import together
-from featherweight.reconstruct.downdate import batches
-from featherweight.reconstruct.hessian import Damped, check_weights, damp
+from featherweight.solvers import together
+from featherweight.solvers.downdate import batches
+from featherweight.solvers.hessian import Damped, check_weights, damp
 
 __all__ = ["refit", "refit_rows"]
 

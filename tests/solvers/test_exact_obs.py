@@ -5,13 +5,12 @@ import numpy as np
 import pytest
 import torch
 
-from featherweight.reconstruct import prune, refit
-from featherweight.reconstruct.downdate import batches
-from featherweight.reconstruct.exact_obs import Elimination, eliminate
-from featherweight.reconstruct.hessian import damp
-from featherweight.reconstruct.units import units_of
-
-from .problems import greedy, layer
+from featherweight.solvers import prune, refit
+from featherweight.solvers.downdate import batches
+from featherweight.solvers.exact_obs import Elimination, eliminate
+from featherweight.solvers.hessian import damp
+from featherweight.solvers.units import units_of
+from tests.solvers.problems import greedy, layer
 
 PATTERNS = {
     "weight": ("weight", 20, None),

@@ -15,10 +15,10 @@ from torch import Tensor
 from torch.nn import functional
 
 from featherweight.errors import OptionError
-from featherweight.reconstruct import together
-from featherweight.reconstruct.downdate import batches
-from featherweight.reconstruct.problem import Pruning
-from featherweight.reconstruct.refit import refit_rows
+from featherweight.solvers import together
+from featherweight.solvers.downdate import batches
+from featherweight.solvers.problem import Pruning
+from featherweight.solvers.refit import refit_rows
 
 __all__ = ["swap"]
 

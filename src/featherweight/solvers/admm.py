@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 
 from featherweight.grids import Grid
-from featherweight.reconstruct.allocate import cheapest
-from featherweight.reconstruct.consensus import consensus, natural_scale
-from featherweight.reconstruct.problem import Pruning, Quantization
+from featherweight.solvers.allocate import cheapest
+from featherweight.solvers.consensus import consensus, natural_scale
+from featherweight.solvers.problem import Pruning, Quantization
 
 __all__ = ["admm_grid", "admm_joint", "admm_mask"]
 

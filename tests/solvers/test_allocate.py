@@ -8,13 +8,12 @@ import pytest
 import torch
 from scipy.optimize import isotonic_regression
 
-from featherweight.reconstruct.allocate import allocate, ascending, cheapest
-from featherweight.reconstruct.exact_obs import eliminate_again, eliminate_with_traces
-from featherweight.reconstruct.hessian import damp, layer_loss
-from featherweight.reconstruct.refit import refit_rows
-from featherweight.reconstruct.units import Units, units_of
-
-from .problems import layer
+from featherweight.solvers.allocate import allocate, ascending, cheapest
+from featherweight.solvers.exact_obs import eliminate_again, eliminate_with_traces
+from featherweight.solvers.hessian import damp, layer_loss
+from featherweight.solvers.refit import refit_rows
+from featherweight.solvers.units import Units, units_of
+from tests.solvers.problems import layer
 
 
 def test_pooling_is_isotonic_regression() -> None:

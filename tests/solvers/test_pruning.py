@@ -8,9 +8,8 @@ import torch
 
 from featherweight.errors import OptionError
 from featherweight.patterns import Pattern
-from featherweight.reconstruct import PRUNERS, prune, pruning
-
-from .problems import layer, output_error
+from featherweight.solvers import PRUNERS, prune, pruning
+from tests.solvers.problems import layer, output_error
 
 SINGLE = list(PRUNERS)
 TILED = [name for name in PRUNERS if PRUNERS[name].tiles]

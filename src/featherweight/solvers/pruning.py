@@ -14,16 +14,16 @@ import torch
 from torch import Tensor
 
 from featherweight.patterns import Pattern
-from featherweight.reconstruct import baselines
-from featherweight.reconstruct.admm import admm_mask
-from featherweight.reconstruct.contest import Judge, Rules, affordable, climb, contest, entrants
-from featherweight.reconstruct.exact_obs import eliminate
-from featherweight.reconstruct.gradients import refit_by_gradients
-from featherweight.reconstruct.hessian import Damped, damp, layer_loss
-from featherweight.reconstruct.problem import Pruning, pruning
-from featherweight.reconstruct.refit import refit_rows
-from featherweight.reconstruct.swap import swap
-from featherweight.reconstruct.units import ColumnSets
+from featherweight.solvers import baselines
+from featherweight.solvers.admm import admm_mask
+from featherweight.solvers.contest import Judge, Rules, affordable, climb, contest, entrants
+from featherweight.solvers.exact_obs import eliminate
+from featherweight.solvers.gradients import refit_by_gradients
+from featherweight.solvers.hessian import Damped, damp, layer_loss
+from featherweight.solvers.problem import Pruning, pruning
+from featherweight.solvers.refit import refit_rows
+from featherweight.solvers.swap import swap
+from featherweight.solvers.units import ColumnSets
 
 __all__ = ["PRUNERS", "Pruned", "Pruner", "prune"]
 

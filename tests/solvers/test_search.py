@@ -8,12 +8,11 @@ import pytest
 import torch
 
 from featherweight.errors import OptionError
-from featherweight.reconstruct import prune
-from featherweight.reconstruct.admm import _Threshold, admm_mask
-from featherweight.reconstruct.problem import pruning
-from featherweight.reconstruct.swap import swap
-
-from .problems import layer, least_loss
+from featherweight.solvers import prune
+from featherweight.solvers.admm import _Threshold, admm_mask
+from featherweight.solvers.problem import pruning
+from featherweight.solvers.swap import swap
+from tests.solvers.problems import layer, least_loss
 
 
 def exhaustive(W: np.ndarray, H: np.ndarray, zeros: int) -> float:

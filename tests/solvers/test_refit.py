@@ -6,9 +6,8 @@ import pytest
 import torch
 
 from featherweight.errors import NumericalError, OptionError
-from featherweight.reconstruct import refit
-
-from .problems import best_values, layer
+from featherweight.solvers import refit
+from tests.solvers.problems import best_values, layer
 
 
 def masks(rows: int, d: int) -> dict[str, torch.Tensor]:

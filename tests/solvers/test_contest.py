@@ -11,10 +11,9 @@ import torch
 
 from featherweight.errors import NumericalError
 from featherweight.grids import GridSpec
-from featherweight.reconstruct import Pruned, Quantized, prune, prune_and_quantize, quantize
-from featherweight.reconstruct.contest import affordable
-
-from .problems import layer, output_error
+from featherweight.solvers import Pruned, Quantized, prune, prune_and_quantize, quantize
+from featherweight.solvers.contest import affordable
+from tests.solvers.problems import layer, output_error
 
 Result = Pruned | Quantized
 Solve = Callable[..., Result]

@@ -9,7 +9,7 @@ import torch
 
 from featherweight.errors import OptionError
 from featherweight.grids import GridSpec, fit_grid
-from featherweight.reconstruct import (
+from featherweight.solvers import (
     PRUNERS,
     QUANTIZERS,
     damp,
@@ -22,11 +22,10 @@ from featherweight.reconstruct import (
     refit_by_gradients,
     units_of,
 )
-from featherweight.reconstruct.adaround import adaround
-from featherweight.reconstruct.problem import Quantization
-
-from .elsewhere import Elsewhere, Pretending
-from .problems import layer
+from featherweight.solvers.adaround import adaround
+from featherweight.solvers.problem import Quantization
+from tests.solvers.elsewhere import Elsewhere, Pretending
+from tests.solvers.problems import layer
 
 PATTERNS: dict[str, tuple[Any, float | None]] = {
     "weight": ("weight", 0.5), "2:4": ("2:4", None), "1x4": ("1x4", 0.5), "2x3": ("2x3", 0.5), "column": ("column", 0.25),

@@ -11,8 +11,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from featherweight.reconstruct.gptq import upper_factor
-from featherweight.reconstruct.problem import Quantization
+from featherweight.solvers.gptq import upper_factor
+from featherweight.solvers.problem import Quantization
 
 __all__ = ["coordinate_descent", "set_descent"]
 

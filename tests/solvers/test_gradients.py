@@ -8,10 +8,9 @@ import torch
 from torch.nn import functional
 
 from featherweight.errors import NumericalError, OptionError
-from featherweight.reconstruct import refit
-from featherweight.reconstruct.gradients import refit_by_gradients
-
-from .problems import layer
+from featherweight.solvers import refit
+from featherweight.solvers.gradients import refit_by_gradients
+from tests.solvers.problems import layer
 
 
 def masked(rows: int, d: int, share: float = 0.6) -> torch.Tensor:
