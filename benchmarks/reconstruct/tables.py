@@ -114,8 +114,8 @@ def cost() -> str:
         parts.append(title + table(["", "seconds", "times ours", "memory", "same order"], body))
     fitted = RESULTS / "cost.json"
     if fitted.exists():
-        fits = [row for row in json.loads(fitted.read_text())["results"] if "exponent_d" in row]
-        body = [[f"`{r['solver']}`", f"{r['exponent_rows']:.2f}", f"{r['exponent_d']:.2f}"] for r in fits]
+        fits = [row for row in json.loads(fitted.read_text())["results"] if "seconds_by_d" in row]
+        body = [[f"`{r['solver']}`", f"{r['seconds_by_rows']:.2f}", f"{r['seconds_by_d']:.2f}"] for r in fits]
         parts.append("Seconds as rows^a · d^b, fitted where they exceed 0.1 s (d = 144 to 1152, 16 to 256 rows):\n\n" + table(["solver", "a", "b"], body))  # fmt: skip
     whole = lines("cost")
     if whole:
