@@ -97,8 +97,8 @@ def solve(
 ) -> Answer:
     """Weights for one problem whose dense weights are `dense` (rows, d), as near to the dense outputs as could be found.
 
-    `zeros` (rows, d) stay zero, by default those of `dense`. Never worse, on held-out samples where there are any, than magnitude or rounding to nearest.
-    Raises `OptionError` and `NumericalError`, which names the layer.
+    `zeros` (rows, d) stay zero, by default those of `dense`. Never worse, on held-out samples where there are any, than
+    magnitude or rounding to nearest. Raises `OptionError` and `NumericalError`, which names the layer.
     """
     began = time.perf_counter()
     try:

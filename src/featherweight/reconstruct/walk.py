@@ -244,8 +244,7 @@ def _wide(run: Walk, problem: Problem, dense: Problem, want: Want, most: int) ->
         reference = run.reference if run.targets == "independent" else run.model
         host = copy.deepcopy(reference)
         whole = next(other for other in problems(host)[0] if other.name == problem.name)
-        whole.write(problem.matrix())
-    return solve_wide(whole, dense.matrix(), most, _blocks_of(run, whole, host, reference), want)
+    return solve_wide(whole, dense.matrix(), most, _blocks_of(run, whole, host, reference), want, _zeros(problem))
 
 
 def _blocks_of(
@@ -292,8 +291,8 @@ def _solved(problem: Problem, answer: Answer, samples: int) -> Solved:
 
 
 def peak_bytes() -> int:
-    """The most memory that this process has held: on the GPU where there is one, else resident."""
-    if torch.cuda.is_available():
+    """The most memory that this process has held: on the GPU where one is used, else resident."""
+    if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
         return torch.cuda.max_memory_allocated()
     most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return most if sys.platform == "darwin" else most * 1024

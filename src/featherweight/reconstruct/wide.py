@@ -35,17 +35,18 @@ def solve_wide(
     most: int,
     collect: Callable[[Sequence[Problem]], Collected],
     want: Want,
+    zeros: Tensor,
 ) -> Answer | None:
     """Weights for a problem in blocks of at most `most` columns; None if the layer was never reached.
 
     `collect` gives statistics, with targets, of blocks of the model that `whole` belongs to, and sees what is written
-    there. `dense` (rows, d) are the reference's weights. Zeros that `whole` has stay zero; its weights are as they were
-    when this returns.
+    there. `dense` (rows, d) are the reference's weights; `zeros` (rows, d) stay zero. The weights of `whole` are as they
+    were when this returns. Never worse than magnitude or rounding to nearest, on held-out samples where there are any.
     """
     began = time.perf_counter()
     before = whole.matrix()
     try:
-        return _solve(whole, dense, before == 0, most, collect, want, began)
+        return _solve(whole, dense, zeros, most, collect, want, began)
     finally:
         whole.write(before)
 
@@ -81,8 +82,10 @@ def _solve(
         return None
     whole.write(dense)
     for block, original in zip(blocks, originals, strict=True):
-        block.write(simple_weights(original.double(), torch.eye(block.d), want, block.run))
-    whole.write(whole.matrix().masked_fill(zeros, 0.0))
+        alike = torch.eye(block.d, device=original.device)
+        block.write(simple_weights(original.double(), alike, want, block.run))
+    simple = whole.matrix().masked_fill(zeros, 0.0)
+    whole.write(simple)
     simple_fit, simple_held_out, _ = loss_now()
     whole.write(dense)
     answers = _sweep(blocks, originals, held, collect, want)
@@ -90,13 +93,18 @@ def _solve(
         _refit(blocks, originals, collect, want)
     fit, held_out, _ = loss_now()
     found = answers[-1]
+    name, weights = f"{found.solver}, {len(blocks)} blocks", whole.matrix()
+    tried = {"simple": (simple_held_out or simple_fit)[0], found.solver: (held_out or fit)[0]}
+    # Blocks that are each no worse than the simple method can be worse together.
+    if tried["simple"] < tried[found.solver]:
+        name, weights, fit, held_out = "simple", simple, simple_fit, simple_held_out
     return Answer(
-        weights=whole.matrix(),
-        solver=f"{found.solver}, {len(blocks)} blocks",
+        weights=weights,
+        solver=name,
         fit=(fit[0], silent[0]),
         held_out=None if held_out is None or silent_held_out is None else (held_out[0], silent_held_out[0]),
-        simple=(simple_held_out or simple_fit)[0],
-        losses={"simple": (simple_held_out or simple_fit)[0], found.solver: (held_out or fit)[0]},
+        simple=tried["simple"],
+        losses=tried,
         damping=max(answer.damping for answer in answers),
         ridge=found.ridge,
         seconds=time.perf_counter() - began,
