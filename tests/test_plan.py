@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from featherweight.errors import ArtefactError
-from featherweight.plan import EDITS, Factor, FakeQuant, Plan, Slice, Swap, Tie
+from featherweight.plan import EDITS, Attribute, Factor, FakeQuant, Plan, Slice, Swap, Tie
 
 NAMES = st.text(max_size=12)
 EDIT = st.one_of(
@@ -19,6 +19,7 @@ EDIT = st.one_of(
     st.builds(Swap, NAMES, NAMES),
     st.builds(Tie, st.lists(NAMES, max_size=3).map(tuple)),
     st.builds(FakeQuant, NAMES, st.integers(), st.booleans()),
+    st.builds(Attribute, NAMES, NAMES, st.integers() | st.lists(st.integers(), max_size=3).map(tuple)),
 )
 PLAN = st.builds(Plan, st.lists(EDIT, max_size=6).map(tuple), st.dictionaries(NAMES, NAMES, max_size=3))
 JSON = st.recursive(
@@ -34,7 +35,9 @@ WRITTEN = """{
   {"kind": "factor", "layer": "fc", "rank": 8},
   {"kind": "swap", "layer": "attention", "to": "attention"},
   {"kind": "tie", "names": ["words.weight", "head.weight"]},
-  {"kind": "fake_quant", "layer": "conv", "bits": 8, "symmetric": true}
+  {"kind": "fake_quant", "layer": "conv", "bits": 8, "symmetric": true},
+  {"kind": "attribute", "layer": "attention", "name": "num_heads", "value": 3},
+  {"kind": "attribute", "layer": "split", "name": "sizes", "value": [4, 2]}
  ],
  "formats": {"fc.0.weight": "nm:2:4"}
 }"""
@@ -45,6 +48,8 @@ READ = Plan(
         Swap("attention", "attention"),
         Tie(("words.weight", "head.weight")),
         FakeQuant("conv", 8, True),
+        Attribute("attention", "num_heads", 3),
+        Attribute("split", "sizes", (4, 2)),
     ),
     {"fc.0.weight": "nm:2:4"},
 )

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from featherweight.edits import apply
     from featherweight.factorize import Factorize
     from featherweight.measure import Scorecard, count
-    from featherweight.plan import Factor, FakeQuant, Plan, Slice, Swap, Tie
+    from featherweight.plan import Attribute, Factor, FakeQuant, Plan, Slice, Swap, Tie
     from featherweight.prune import GradualPruning, Prune
     from featherweight.recipe import Recipe, load_recipe
     from featherweight.reconstruct import Reconstruct
@@ -28,6 +28,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "Apply",
+    "Attribute",
     "Factor",
     "Factorize",
     "FakeQuant",
@@ -63,7 +64,7 @@ _HOMES = {
     "edits": ("apply",),
     "factorize": ("Factorize",),
     "measure": ("Scorecard", "count"),
-    "plan": ("Factor", "FakeQuant", "Plan", "Slice", "Swap", "Tie"),
+    "plan": ("Attribute", "Factor", "FakeQuant", "Plan", "Slice", "Swap", "Tie"),
     "prune": ("GradualPruning", "Prune"),
     "recipe": ("Recipe", "load_recipe"),
     "reconstruct": ("Reconstruct",),

@@ -15,7 +15,19 @@ from typing import Any, ClassVar
 
 from featherweight.errors import ArtefactError, nearest
 
-__all__ = ["EDITS", "VERSION", "Edit", "Factor", "FakeQuant", "Plan", "Slice", "Swap", "Tie", "edit_from_dict"]
+__all__ = [
+    "EDITS",
+    "VERSION",
+    "Attribute",
+    "Edit",
+    "Factor",
+    "FakeQuant",
+    "Plan",
+    "Slice",
+    "Swap",
+    "Tie",
+    "edit_from_dict",
+]
 
 VERSION = 1
 
@@ -24,7 +36,8 @@ VERSION = 1
 class Slice:
     """Keeps the positions `keep` (ascending) along `axis` of one parameter or buffer, named as in `state_dict`.
 
-    Saves what the other positions cost, everywhere. A channel that is cut is one slice of each tensor that has it.
+    Saves what the other positions cost, everywhere. A channel that is cut is one slice of each tensor that has it. A
+    tensor that a parametrization computes (`weight_norm`, say) goes by its own name: "conv.weight".
 
     >>> import torch
     >>> from featherweight import apply
@@ -63,7 +76,8 @@ class Factor:
 class Swap:
     """Puts one of our modules, named `to`, in the place of `layer`, with values carried over exactly.
 
-    Saves nothing by itself: it opens a layer to other edits. There is `attention`, for torch's MultiheadAttention.
+    Saves nothing by itself: it opens a layer to other edits. There is `attention`, for torch's MultiheadAttention, and
+    `self_attention`, for a hand-written one whose one linear layer makes queries, keys and values.
 
     >>> import torch
     >>> from featherweight import apply
@@ -117,7 +131,27 @@ class FakeQuant:
     symmetric: bool
 
 
-Edit = Slice | Factor | Swap | Tie | FakeQuant
+@dataclasses.dataclass(frozen=True)
+class Attribute:
+    """Sets the attribute `name` of `layer`, a whole number or several of them, to `value`; its type stays.
+
+    Saves nothing by itself: it is for sizes that a module's code carries besides its tensors, such as `num_heads`.
+
+    >>> import torch
+    >>> from featherweight import apply
+    >>> model = torch.nn.Sequential(torch.nn.Unflatten(1, (4, 3)))
+    >>> apply(model, Attribute("0", "unflattened_size", (2, 3)))
+    >>> model[0](torch.ones(1, 6)).shape
+    torch.Size([1, 2, 3])
+    """
+
+    kind: ClassVar[str] = "attribute"
+    layer: str
+    name: str
+    value: int | tuple[int, ...]
+
+
+Edit = Slice | Factor | Swap | Tie | FakeQuant | Attribute
 EDITS: dict[str, type[Edit]] = {edit.kind: edit for edit in typing.get_args(Edit)}
 
 
@@ -190,6 +224,9 @@ def edit_from_dict(entry: Any, where: str) -> Edit:
 
 def _value(value: Any, hint: Any, where: str) -> Any:
     """JSON's value as the field's type; JSON has no tuples, and bool passes for int in Python but not here."""
+    if isinstance(hint, types.UnionType):  # one number, or a list of them
+        scalar, several = typing.get_args(hint)
+        return _value(value, several if isinstance(value, list) else scalar, where)
     if isinstance(hint, types.GenericAlias):
         if not isinstance(value, list):
             raise ArtefactError(f"{where}: expected a list, got {value!r}.")
