@@ -18,7 +18,7 @@ INSTALLED := $(VENV)/.installed
 # Twice quiet hides pip's warnings (a package index that a machine lists but lacks, say) and shows its errors.
 PIP_INSTALL := $(BIN)/python -m pip install -qq --disable-pip-version-check
 
-.PHONY: help install demo test lint types levels pytest gradual reconstruct clean
+.PHONY: help install demo test lint types levels pytest gradual reconstruct comb clean
 
 help: ## List the targets
 	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## /\1\t/' | expand -t 12
@@ -59,6 +59,9 @@ reconstruct: $(INSTALLED) ## The figures on compression after training: hours, a
 	for one in pruning quantization joint speed cost; do $(BIN)/python -m benchmarks.reconstruct.solvers $$one; done
 	for one in metric order flops training cost; do $(BIN)/python -m benchmarks.reconstruct.networks $$one; done
 	$(BIN)/python -m benchmarks.reconstruct.tables
+
+comb: $(INSTALLED) ## The figures on pruned channels and heads: two hours, and packages that are fetched
+	for one in train headline curve kd classes importances pretrained latency; do $(BIN)/python -m benchmarks.comb.$$one; done
 
 clean: ## Remove what the checks and builds leave behind, but not .venv
 	rm -rf build dist src/*.egg-info .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis

@@ -1,0 +1,182 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One run: a trained network, pruned while it trains on, with or without a teacher; its row, and the artefact it leaves.
+
+Every experiment is a list of `Setting`s, and all rows lie in `results/runs.jsonl`: what two experiments ask for is run
+once. All runs of a network have the same number of steps, the same batches in the same order and the same learning rates;
+a setting with keep = 1 is the dense network trained on in just this way, so that nobody takes more training for pruning.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import dataclasses
+import shutil
+import time
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+import featherweight as fw
+from benchmarks.comb.distilling import distiller
+from benchmarks.comb.networks import NETWORKS
+from benchmarks.comb.results import Row, add, there
+from benchmarks.comb.tasks import Rows, Work, ious, packed, paired, unpacked, work
+from benchmarks.comb.train import DECAY, dense, sizes
+from benchmarks.reconstruct.data import cache
+
+SELF = "itself"
+
+
+@dataclasses.dataclass(frozen=True)
+class Setting:
+    """What tells one run from another. `keep` is the share of MACs; `teacher` "itself" (unpruned) or another network."""
+
+    network: str
+    keep: float = 0.5
+    importance: str = "cpd"
+    distill: str = "kl"
+    teacher: str = SELF
+    seed: int = 0
+    steps: int = 0  # 0: as many as the network has by default
+
+    @property
+    def name(self) -> str:
+        """What its artefact is called."""
+        parts = (
+            self.network,
+            f"{self.keep:g}",
+            self.importance,
+            self.distill,
+            self.teacher,
+            self.seed,
+            self.steps or "",
+        )
+        return "-".join(str(part) for part in parts if part != "").replace(" ", "_")
+
+
+@dataclasses.dataclass(frozen=True)
+class Training:
+    """How a network trains on: steps in all, of which the second to the sixth tenth prune, and the highest learning rate."""
+
+    steps: int
+    lr: float
+
+
+TRAINING = {
+    "resnet": Training(1200, 0.02),
+    "resnet small": Training(1200, 0.02),
+    "resnext": Training(1000, 0.02),
+    "mobilenet": Training(1000, 0.02),
+    "vit": Training(1200, 5e-4),
+    "unet": Training(500, 1e-3),
+    "unet small": Training(500, 1e-3),
+    "unet 7": Training(500, 1e-3),
+    "seaformer": Training(500, 1e-3),
+}
+
+
+def run(settings: Iterable[Setting], folder: Path | None = None) -> list[Row]:
+    """Rows of these settings in their order; those that are not there yet are measured first."""
+    settings = list(settings)
+    for setting in settings:
+        if setting not in {_setting(row) for row in there("runs", folder)}:
+            add("runs", measured(setting), folder)
+    return found(settings, folder)
+
+
+def found(settings: Sequence[Setting], folder: Path | None = None) -> list[Row]:
+    """Rows of those settings that have been measured."""
+    rows = {_setting(row): row for row in there("runs", folder)}
+    return [rows[setting] for setting in settings if setting in rows]
+
+
+def _setting(row: Row) -> Setting:
+    return Setting(**{field.name: row[field.name] for field in dataclasses.fields(Setting)})
+
+
+def measured(setting: Setting) -> Row:
+    """Prunes, trains, and judges on the validation and the test split against the dense network it came from."""
+    network = NETWORKS[setting.network]
+    task = work(network.task)
+    start = time.process_time()
+    model, plan, facts = pruned(setting)
+    row: Row = dataclasses.asdict(setting) | {"seconds": round(time.process_time() - start)} | facts
+    row |= sizes(network, model)
+    before = dense_row(setting.network)
+    row |= {f"dense_{key}": before[key] for key in ("macs", "parameters", "validation", "test")}
+    for split in ("validation", "test"):
+        rows = task.rows(model, split)
+        row |= {split: task.summary(rows), f"{split}_rows": packed(rows)}
+        row[f"{split}_points"] = paired(task, dense_rows(setting.network, split), rows)
+        if rows.ndim == 3:
+            row[f"{split}_ious"] = ious(rows).tolist()
+    folder = cache() / "comb-pruned" / setting.name
+    shutil.rmtree(folder, ignore_errors=True)
+    fw.save(model, plan, folder)
+    return row
+
+
+def dense_row(name: str) -> Row:
+    """The row of `benchmarks.comb.train`, which is measured if it is not there."""
+    from benchmarks.comb.train import measured as measured_dense
+
+    rows = {row["network"]: row for row in there("dense")}
+    if name not in rows:
+        rows[name] = measured_dense(NETWORKS[name])
+        add("dense", rows[name])
+    return rows[name]
+
+
+def dense_rows(name: str, split: str) -> Rows:
+    row = dense_row(name)
+    return unpacked(row[f"{split}_rows"], row[f"{split}_n"])
+
+
+def pruned(setting: Setting) -> tuple[nn.Module, fw.Plan, Row]:
+    """The pruned network, what was cut, and facts about the pruning."""
+    network, training = NETWORKS[setting.network], TRAINING[setting.network]
+    steps = setting.steps or training.steps
+    task = work(network.task)
+    model = copy.deepcopy(dense(setting.network))
+    teacher = dense(setting.network if setting.teacher == SELF else setting.teacher)
+    hooks = [] if setting.keep == 1 else [pruning(setting, steps)]
+    method = fw.Train(
+        steps=steps, hooks=hooks, optimizer=_optimizer(setting), lr=training.lr, warmup=steps // 20, schedule="cosine",
+        distill=distiller(setting.distill, setting.network, len(task.classes), teacher),
+    )  # fmt: skip
+    events: list[dict[str, Any]] = []
+    stage = fw.Stage(seed=setting.seed, report=events.append)
+    plan = method(model, _task(task, model, steps, setting.seed), stage)
+    return model.eval(), plan, {"texts": [event["text"] for event in events if event["kind"] in ("message", "unmet")]}
+
+
+def pruning(setting: Setting, steps: int) -> Any:
+    return fw.GradualChannelPruning(
+        target={"macs": setting.keep}, importance=setting.importance, begin=steps // 10, end=6 * steps // 10
+    )
+
+
+def _task(task: Work, model: nn.Module, steps: int, seed: int) -> fw.Task:
+    batches = task.batches(steps, seed + 1)  # other batches than those of dense training
+    return fw.Task(model, (task.example,), train=batches, loss=task.loss, metric=task.metric)
+
+
+def _optimizer(setting: Setting) -> Any:
+    kind = NETWORKS[setting.network].optimizer
+    lr, decay = TRAINING[setting.network].lr, DECAY[kind]
+    if kind == "sgd":
+        return lambda p: torch.optim.SGD(p, lr, 0.9, weight_decay=decay, nesterov=True)
+    return lambda p: torch.optim.AdamW(p, lr, weight_decay=decay)
+
+
+def command(experiment: str, settings: Sequence[Setting], doc: str | None) -> None:
+    """The command line of an experiment that is a list of settings."""
+    parser = argparse.ArgumentParser(prog=f"python -m benchmarks.comb.{experiment}", description=doc)
+    parser.add_argument("networks", nargs="*", help="default: all of the experiment's")
+    chosen = parser.parse_args().networks
+    torch.set_num_threads(1)
+    run([setting for setting in settings if not chosen or setting.network in chosen])
