@@ -301,12 +301,13 @@ REFUSED = [
     (Slice("conv.weight", 0, (0, 1, 4)), "keeps 1 to 2 positions of the conv groups of 4"),
     (Slice("conv.weight", 2, (0, 1)), "axis 2 is of the kernel"),
     (Slice("norm.weight", 0, (0, 1, 2, 4)), "keeps 1 to 3 positions of the GroupNorm groups of 4"),
-    (Slice("lstm.weight_ih_l0", 0, (0,)), "sizes of a LSTM are tied"),
+    (Slice("lstm.weight_ih_l0", 0, (0,)), "keeps other hidden units in one of its 4 gates"),
+    (Slice("lstm.bias_hh_l0", 0, (0, 4, 8, 13)), "keeps other hidden units in one of its 4 gates"),
     (Slice("attention.in_proj_weight", 0, (0,)), "swap in 'attention' first"),
     (Slice("attention.out_proj.weight", 0, (0,)), "swap in 'attention' first"),
     (Slice("words.weight", 0, (0, 1)), "entry 2 is the padding"),
     (Slice("lazy.weight", 0, (0,)), "lazy module"),
-    (Slice("bilinear.weight", 0, (0,)), "Bilinear"),
+    (Slice("bilinear.weight", 3, (0,)), "no axis 3"),
 ]
 
 
@@ -323,7 +324,7 @@ def test_a_tie_is_refused_whole_where_one_of_its_layers_refuses() -> None:
     model = nn.ModuleDict({"fc": nn.Linear(4, 16, bias=False), "lstm": nn.LSTM(4, 4)})
     model["fc"].weight = model["lstm"].weight_ih_l0
     before = snapshot(model)
-    with pytest.raises(EditError, match="LSTM"):
+    with pytest.raises(EditError, match="one of its 4 gates"):
         apply(model, Slice("fc.weight", 0, (0, 1)))
     assert snapshot(model) == before
 

@@ -3,13 +3,14 @@
 
 Saves what the dropped positions cost: bytes, memory, MACs and time in every runtime. One cut of a channel is several
 slices, one for each tensor that has the channel on an axis; between them the model does not run. Whatever follows from
-no tensor (the shape of a LayerNorm without weights, a number in a `view`) stays as it was.
+no tensor (the shape of a LayerNorm without weights, a number in a `view`) stays as it was: `attribute` sets it.
 """
 
 from __future__ import annotations
 
 import itertools
 from collections import Counter
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -17,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
-from featherweight.edits.find import find_tensor
+from featherweight.edits.effective import find_effective, is_computed, put, reshape_in_place
 from featherweight.edits.swap import Attention
 from featherweight.errors import EditError
 from featherweight.plan import Slice
@@ -27,7 +28,7 @@ __all__ = ["apply_slice"]
 
 def apply_slice(model: nn.Module, edit: Slice) -> None:
     """Cuts the tensor in place, its gradient too, and sets the sizes of every module that holds it."""
-    _, _, tensor = find_tensor(model, edit.tensor)
+    owner, leaf, tensor = find_effective(model, edit.tensor)
     axis, keep = edit.axis, edit.keep
     if not 0 <= axis < tensor.ndim:
         raise EditError(f"{edit.tensor} has shape {tuple(tensor.shape)}, which has no axis {axis}.")
@@ -36,10 +37,16 @@ def apply_slice(model: nn.Module, edit: Slice) -> None:
             f"{edit.tensor}: keep must be ascending positions below {tensor.shape[axis]}, at least one; got {_short(keep)}."
         )
     # All that may be refused is worked out before anything is changed.
-    changes = [
-        (module, _sizes(module, leaf, edit)) for module in model.modules() for leaf in _leaves(module, tensor)
-    ] + _attention_sizes(model, tensor, edit)
-    _cut(tensor, axis, keep)
+    if is_computed(owner, leaf):
+        changes = [(owner, _sizes(owner, leaf, tensor.shape, edit))]
+        put(owner, leaf, tensor.index_select(axis, torch.tensor(keep, device=tensor.device)), edit.tensor)
+    else:
+        changes = [
+            (module, _sizes(module, name, tensor.shape, edit))
+            for module in model.modules()
+            for name in _leaves(module, tensor)
+        ] + _attention_sizes(model, tensor, edit)
+        _cut(tensor, axis, keep)
     for module, sizes in changes:
         for name, value in sizes.items():
             setattr(module, name, value)
@@ -51,38 +58,35 @@ def _leaves(module: nn.Module, tensor: Tensor) -> list[str]:
 
 @torch.no_grad()
 def _cut(tensor: Tensor, axis: int, keep: tuple[int, ...]) -> None:
-    """The tensor object stays: ties, optimizers and hooks hold on to it by identity."""
     index = torch.tensor(keep, device=tensor.device)
     values, gradient = tensor.data.index_select(axis, index), tensor.grad
-    tensor.grad = None
-    # Autograd remembers a parameter's shape for as long as some earlier graph (a loss that is still in scope) is alive,
-    # and would refuse the next backward; it forgets when the type changes.
-    other = torch.float32 if tensor.dtype == torch.float64 else torch.float64
-    tensor.data = torch.empty(0, dtype=other, device=tensor.device)
-    tensor.data = values
-    if gradient is not None:
-        tensor.grad = gradient.index_select(axis, index)
+    reshape_in_place(tensor, values)
+    tensor.grad = None if gradient is None else gradient.index_select(axis, index)
 
 
-def _sizes(module: nn.Module, leaf: str, edit: Slice) -> dict[str, Any]:
-    """The module's size attributes that follow from cutting its tensor `leaf`."""
-    shape = list(getattr(module, leaf).shape)
+def _sizes(module: nn.Module, leaf: str, old: Sequence[int], edit: Slice) -> dict[str, Any]:
+    """The module's size attributes that follow from cutting its tensor `leaf`, which had the shape `old`."""
+    shape = list(old)
     shape[edit.axis] = len(edit.keep)
-    if isinstance(module, nn.RNNBase | nn.RNNCellBase | nn.MultiheadAttention | nn.Bilinear):
-        advice = "swap in 'attention' first" if isinstance(module, nn.MultiheadAttention) else "leave it as it is"
+    if isinstance(module, nn.MultiheadAttention):
         raise EditError(
-            f"{edit.tensor}: the sizes of a {type(module).__name__} are tied to each other in its forward; {advice}."
+            f"{edit.tensor}: the sizes of a {type(module).__name__} are tied to each other in its forward; swap in "
+            "'attention' first."
         )
+    if isinstance(module, nn.RNNBase | nn.RNNCellBase):
+        return _recurrent_sizes(module, leaf, old[0], edit)
     if isinstance(module, nn.LayerNorm | nn.RMSNorm):
         return {"normalized_shape": tuple(shape)}
     if isinstance(module, _NormBase):
         return {"num_features": shape[0]}
     if leaf != "weight":
         return {}
+    if isinstance(module, nn.Bilinear):
+        return dict(zip(("out_features", "in1_features", "in2_features"), shape, strict=True))
     if isinstance(module, nn.Linear):
         return {"out_features": shape[0], "in_features": shape[1]}
     if isinstance(module, _ConvNd):
-        return _conv_sizes(module, shape, edit)
+        return _conv_sizes(module, shape, old[0], edit)
     if isinstance(module, nn.GroupNorm):
         groups = _groups_left(edit, module.num_channels // module.num_groups, "GroupNorm groups")
         return {"num_channels": shape[0], "num_groups": groups}
@@ -96,15 +100,38 @@ def _sizes(module: nn.Module, leaf: str, edit: Slice) -> dict[str, Any]:
     return {"num_parameters": shape[0]} if isinstance(module, nn.PReLU) else {}
 
 
-def _conv_sizes(conv: _ConvNd, shape: list[int], edit: Slice) -> dict[str, Any]:
+def _conv_sizes(conv: _ConvNd, shape: list[int], rows: int, edit: Slice) -> dict[str, Any]:
     """Axis 0 (outputs; of a transposed conv, inputs) runs through the conv groups, axis 1 within each of them."""
     if edit.axis > 1:
         raise EditError(f"{edit.tensor}: axis {edit.axis} is of the kernel; slice cuts channels.")
     groups = conv.groups
     if edit.axis == 0 and groups > 1:
-        groups = _groups_left(edit, conv.weight.shape[0] // groups, "conv groups")
+        groups = _groups_left(edit, rows // groups, "conv groups")
     through, within = ("in", "out") if isinstance(conv, _ConvTransposeNd) else ("out", "in")
     return {f"{through}_channels": shape[0], f"{within}_channels": shape[1] * groups, "groups": groups}
+
+
+def _recurrent_sizes(module: nn.RNNBase | nn.RNNCellBase, leaf: str, rows: int, edit: Slice) -> dict[str, Any]:
+    """Rows (and biases) are one run of hidden units for each gate; a projection's rows are its own. The sizes are read
+    from the axes that the forward contracts, which every layer and direction must share in the end."""
+    projection = getattr(module, "proj_size", 0) > 0
+    if edit.axis == 0 and "_hr" not in leaf:
+        gates = 4 if isinstance(module, nn.LSTM | nn.LSTMCell) else 3 if isinstance(module, nn.GRU | nn.GRUCell) else 1
+        hidden = rows // gates
+        kept = [{p % hidden for p in edit.keep if p // hidden == gate} for gate in range(gates)]
+        if any(units != kept[0] for units in kept):
+            raise EditError(
+                f"{edit.tensor}: {_short(edit.keep)} keeps other hidden units in one of its {gates} gates than in "
+                f"another; a unit is the positions h, {hidden} + h, and so on."
+            )
+        return {}
+    if leaf in ("weight_ih_l0", "weight_ih") and edit.axis == 1:
+        return {"input_size": len(edit.keep)}
+    if leaf.startswith("weight_hh"):
+        return {"proj_size" if projection else "hidden_size": len(edit.keep)}
+    if leaf.startswith("weight_hr"):
+        return {"proj_size" if edit.axis == 0 else "hidden_size": len(edit.keep)}
+    return {}
 
 
 def _groups_left(edit: Slice, size: int, what: str) -> int:
