@@ -111,6 +111,11 @@ def build(name: str) -> tuple[nn.Module, tuple[Any, ...]]:
     return one.make().double(), tuple(x.double() if x.is_floating_point() else x for x in one.inputs)
 
 
+def leaves(tree: Any) -> list[Tensor]:
+    """The tensors in whatever a model gives or takes."""
+    return [x for x in torch.utils._pytree.tree_leaves(tree) if isinstance(x, Tensor)]
+
+
 IMAGE = (fixed(2, 3, 8, 6),)
 TOKENS = (fixed(2, 5, 9),)
 WORDS = (torch.tensor([[3, 1, 4, 1, 5], [9, 2, 6, 5, 3]]),)
