@@ -22,6 +22,7 @@ __all__ = [
     "EditError",
     "ExportError",
     "FeatherweightError",
+    "GraphError",
     "MissingExtra",
     "NothingToCompress",
     "NumericalError",
@@ -29,6 +30,7 @@ __all__ = [
     "ParityError",
     "RecipeError",
     "StageError",
+    "VerifyError",
     "check_whole",
     "check_word",
     "nearest",
@@ -64,6 +66,14 @@ class RecipeError(FeatherweightError):
 
 class EditError(FeatherweightError):
     """A structural edit that does not fit the model; the model is left as it was."""
+
+
+class VerifyError(EditError):
+    """A cut that does not compute what the model computes with the same channels set to zero; it was undone."""
+
+
+class GraphError(FeatherweightError):
+    """A model could not be traced, or a trace does not hold what was asked of it."""
 
 
 class ArtefactError(FeatherweightError):
