@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from featherweight.artefact import load, save
     from featherweight.budget import Iterative, Until
     from featherweight.deploy import export_onnx
+    from featherweight.distill import CIRKD, CWD, KL, Attention, Distill, Features
     from featherweight.edits import apply
     from featherweight.factorize import Factorize
     from featherweight.measure import Scorecard, count
@@ -27,11 +28,17 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 __all__ = [
+    "CIRKD",
+    "CWD",
+    "KL",
     "Apply",
+    "Attention",
     "Attribute",
+    "Distill",
     "Factor",
     "Factorize",
     "FakeQuant",
+    "Features",
     "GradualPruning",
     "Iterative",
     "Plan",
@@ -61,6 +68,7 @@ _HOMES = {
     "budget": ("Iterative", "Until"),
     "run": ("Apply", "Result", "compress"),
     "deploy": ("export_onnx",),
+    "distill": ("CIRKD", "CWD", "KL", "Attention", "Distill", "Features"),
     "edits": ("apply",),
     "factorize": ("Factorize",),
     "measure": ("Scorecard", "count"),

@@ -6,8 +6,13 @@
     steps = 2500
     hooks = [{ method = "gradual_pruning", sparsity = 0.9, end = 2000 }]
 
-A method's name is its class's in snake case, its keys are the class's fields: nothing is written down twice. Third
-parties add methods by an entry point of the group `featherweight.methods` that names their class.
+A method's name is its class's in snake case, its keys are the class's fields: nothing is written down twice. What is
+made of parts (hooks, losses to distill by) takes them as a list of such tables, or by name:
+
+    distill = { kl = { temperature = 4.0 }, cwd = {} }
+
+Third parties add methods by an entry point of the group `featherweight.methods` that names their class, and losses by
+one of the group `featherweight.losses`.
 """
 
 from __future__ import annotations
@@ -35,8 +40,16 @@ _BUILT_IN = {
     "reconstruct": "featherweight.reconstruct:Reconstruct",
     "train": "featherweight.train:Train",
 }
-_GROUP = "featherweight.methods"
-_NESTED = ("hooks", "step")  # options whose items are methods or hooks themselves
+_LOSSES = {
+    "attention": "featherweight.distill:Attention",
+    "cirkd": "featherweight.distill:CIRKD",
+    "cwd": "featherweight.distill:CWD",
+    "distill": "featherweight.distill:Distill",
+    "features": "featherweight.distill:Features",
+    "kl": "featherweight.distill:KL",
+}
+# Options whose items are methods, hooks or losses themselves, and which of these.
+_NESTED = {"hooks": "methods", "step": "methods", "distill": "losses", "losses": "losses"}
 
 
 def method_names() -> dict[str, str]:
@@ -45,8 +58,12 @@ def method_names() -> dict[str, str]:
     >>> method_names()["train"]
     'featherweight.train:Train'
     """
-    found = dict(_BUILT_IN)
-    for point in importlib.metadata.entry_points(group=_GROUP):
+    return _names("methods")
+
+
+def _names(kind: str) -> dict[str, str]:
+    found = dict(_BUILT_IN if kind == "methods" else _LOSSES)
+    for point in importlib.metadata.entry_points(group=f"featherweight.{kind}"):
         found.setdefault(_snake(point.value.rpartition(":")[2]), point.value)
     return dict(sorted(found.items()))
 
@@ -132,16 +149,17 @@ class _Reader:
                 hint = f"did you mean {close[0]!r}?" if close else f"it takes {', '.join(keys)}."
                 raise RecipeError(f"{self.path}, line {self.line(stage, key)}: {whose} has no key {key!r}; {hint}")
 
-    def build(self, table: Any, stage: int) -> Any:
+    def build(self, table: Any, stage: int, of: str = "methods") -> Any:
         if not isinstance(table, dict) or not isinstance(table.get("method"), str):
             line = self.line(stage, "method")
             raise RecipeError(
-                f"{self.path}, line {line}: each stage and hook is a table with a key method; got {table!r}."
+                f"{self.path}, line {line}: each stage, hook and loss is a table with a key method; got {table!r}."
             )
-        name, names = table["method"], method_names()
+        name, names = table["method"], _names(of)
         if name not in names:
             hint = ", ".join(nearest(name, names)) or ", ".join(names)
-            raise RecipeError(f"{self.path}, line {self.line(stage, 'method')}: no method {name!r}. Nearest: {hint}.")
+            what, key = ("method", "method") if of == "methods" else ("loss to distill by", "distill")
+            raise RecipeError(f"{self.path}, line {self.line(stage, key)}: no {what} {name!r}. Nearest: {hint}.")
         kind = _class(name, names[name])
         fields = [field.name for field in dataclasses.fields(kind) if field.init]
         self.known({k: v for k, v in table.items() if k != "method"}, fields, f"method {name!r}", stage)
@@ -153,9 +171,24 @@ class _Reader:
             raise RecipeError(f"{self.path}, line {self.line(stage, wrong)}: {error}") from error
 
     def _value(self, key: str, value: Any, stage: int) -> Any:
-        if key in _NESTED and isinstance(value, list):
-            return tuple(self.build(item, stage) for item in value)
+        of = _NESTED.get(key)
+        if of is not None and isinstance(value, list):
+            return tuple(self.build(item, stage, of) for item in value)
+        if of is not None and isinstance(value, dict):
+            return tuple(self.build(item, stage, of) for item in self._by_name(key, value, stage))
         return tuple(value) if isinstance(value, list) else value
+
+    def _by_name(self, key: str, table: dict[str, Any], stage: int) -> list[dict[str, Any]]:
+        """The tables of `{ kl = { temperature = 4.0 }, cwd = {} }` as a list of them would have them."""
+        if isinstance(table.get("method"), str):
+            return [table]
+        for name, options in table.items():
+            if not isinstance(options, dict):
+                raise RecipeError(
+                    f"{self.path}, line {self.line(stage, name)}: {key} maps names to tables of options, "
+                    f"{{ {name} = {{}} }} say; got {name} = {options!r}."
+                )
+        return [{"method": name, **options} for name, options in table.items()]
 
 
 def to_dict(method: Any) -> dict[str, Any]:

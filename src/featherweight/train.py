@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """The one training loop, for recipes: plain, resumable to the last bit, and yours to replace.
 
-What must happen while a network trains (gradual sparsity, later channel scores, fake quantization, distillation) are
-hooks: `attach(model, optimizer)`, then `step()` after each optimizer step, then `finalize()`. The same hooks serve a
-loop of your own, of any framework; this one adds data, devices, mixed precision and `torchrun` through accelerate.
+What must happen while a network trains (gradual sparsity, later channel scores, fake quantization) are hooks:
+`attach(model, optimizer)`, then `step()` after each optimizer step, then `finalize()`. What the network is to imitate
+meanwhile is added to its loss (`distill`). Both serve a loop of your own, of any framework; this one adds data, devices,
+mixed precision and `torchrun` through accelerate.
 """
 
 from __future__ import annotations
@@ -12,11 +13,12 @@ import dataclasses
 import itertools
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, Protocol, cast, runtime_checkable
 
 import torch
 from torch import Tensor, nn
 
+from featherweight.distill import Distill, Distilling, Loss
 from featherweight.errors import DataError, NumericalError, OptionError, nearest, require
 from featherweight.layers import Zeros, existing_zeros
 from featherweight.plan import Plan
@@ -58,6 +60,10 @@ class Hook(Protocol):
 class Train:
     """Trains the model for `steps` optimizer steps or `epochs` passes over `task.train`, with hooks at work.
 
+    The loss is the task's plus, with `distill`, the sum of weight x loss of what is named there: one loss or several
+    (`KL(temperature=4)`, `CWD()`), with the task's own model as teacher, or a `Distill` with another; a task without a
+    loss is then trained by distillation alone. Records have the whole as `loss` and that part as `distill_loss`.
+
     Saves nothing by itself; its hooks may. Zeros that an earlier stage made stay zero. `optimizer` is adamw, adam or
     sgd, or a function of the parameters; `schedule` is cosine, linear, exponential (to 1 % of `lr`) or constant, after
     `warmup` steps of linear rise, or a function of the optimizer that gives a torch scheduler. `precision` is no, bf16
@@ -77,6 +83,7 @@ class Train:
     steps: int | None = None
     epochs: int | None = None
     hooks: Sequence[Hook] = ()
+    distill: Loss | Sequence[Loss] | Distill | None = None
     optimizer: str | Callable[[Iterable[nn.Parameter]], torch.optim.Optimizer] = "adamw"
     lr: float = 1e-3
     momentum: float = 0.9
@@ -90,6 +97,8 @@ class Train:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "hooks", tuple(self.hooks))
+        if self.distill is not None and not isinstance(self.distill, Distill):
+            object.__setattr__(self, "distill", Distill(self.distill).losses)
         if (self.steps is None) == (self.epochs is None):
             raise OptionError(
                 f"train: give steps or epochs, one of the two; got steps={self.steps}, epochs={self.epochs}."
@@ -121,8 +130,11 @@ class Train:
     def __call__(self, model: nn.Module, task: Task, stage: Stage) -> Plan:
         accelerate = require("accelerate", extra="train")
         data = batches(task.train, "train")
-        if task.loss is None:
-            raise OptionError("train: the task has no loss; give Task(loss=lambda outputs, batch: ...).")
+        if task.loss is None and self.distill is None:
+            raise OptionError(
+                "train: the task has no loss; give Task(loss=lambda outputs, batch: ...), or distill=KL() to train by a "
+                "teacher alone."
+            )
         total = self._total(data)
         torch.manual_seed(stage.seed)
         accelerator = accelerate.Accelerator(mixed_precision=self.precision)
@@ -131,19 +143,23 @@ class Train:
         optimizer = self._optimizer([p for p in model.parameters() if p.requires_grad])
         zeros = Zeros(optimizer)
         attached: list[Attached] = []
+        distilling: Distilling | None = None
         plan = Plan()
         try:
             for weight, pruned in existing_zeros(model):
                 zeros.hold(weight.parameter, pruned)
+            distilling = self._distilling(model, task, data, optimizer)
             attached += [hook.attach(model, optimizer, example_inputs=task.example_inputs) for hook in self.hooks]
             for hook in attached:  # which layers a hook acts on and why is a fact for the report, where it has any
                 for chosen in getattr(hook, "selection", ()):
                     stage.report({"kind": "selection", "weight": dataclasses.asdict(chosen)})
-            loop = _Loop(self, model, task, stage, total, optimizer, zeros, attached, accelerator)
+            loop = _Loop(self, model, task, stage, total, optimizer, zeros, attached, distilling, accelerator)
             loop.run(data)
         finally:
             for hook in attached:
                 plan += hook.finalize()
+            if distilling is not None:
+                distilling.release()
             zeros.release()
             optimizer.zero_grad(set_to_none=True)
             _let_go(accelerate, accelerator, model, device, modes)
@@ -173,6 +189,20 @@ class Train:
         if not isinstance(self.optimizer, str):
             return self.optimizer(parameters)
         return _OPTIMIZERS[self.optimizer](parameters, self)
+
+    def _distilling(
+        self, model: nn.Module, task: Task, data: Iterable[Any], optimizer: torch.optim.Optimizer
+    ) -> Distilling | None:
+        if self.distill is None:
+            return None
+        options = self.distill if isinstance(self.distill, Distill) else Distill(self.distill)
+        # A shuffled loader draws its order: with a teacher the student sees the same batches as without.
+        before = random_state()
+        first = next(iter(data))
+        set_random_state(before)
+        device = next((p.device for p in model.parameters()), torch.device("cpu"))
+        first = require("accelerate.utils", extra="train").send_to_device(first, device)
+        return options.attach(model, options.teacher or task.model, first, optimizer, task.forward)
 
     def _scheduler(self, optimizer: torch.optim.Optimizer, total: int) -> torch.optim.lr_scheduler.LRScheduler:
         if not isinstance(self.schedule, str):
@@ -213,18 +243,22 @@ class _Loop:
         optimizer: torch.optim.Optimizer,
         zeros: Zeros,
         attached: list[Attached],
+        distilling: Distilling | None,
         accelerator: Any,
     ) -> None:
         self.options, self.task, self.stage, self.total = options, task, stage, total
         self.model, self.optimizer, self.zeros, self.attached = model, optimizer, zeros, attached
-        self.accelerator = accelerator
+        self.accelerator, self.distilling = accelerator, distilling
         self.prepared, self.stepper = accelerator.prepare(model, optimizer)
+        if distilling is not None:
+            distilling.to(accelerator.device)
         self.scheduler = options._scheduler(optimizer, total)
         self.file = None if stage.folder is None else stage.folder / "training.safetensors"
         self.step = self.skip = 0
         self.epoch_start: dict[str, Any] = {}
         self.history: list[dict[str, Any]] = []
         self.losses: list[Tensor] = []
+        self.distilled: list[Tensor] = []  # the part of each of these losses that distillation makes
 
     def run(self, data: Iterable[Any]) -> None:
         if self.accelerator.num_processes > 1:
@@ -286,8 +320,12 @@ class _Loop:
             self._check(float(loss.detach()))
         self.stepper.zero_grad()
         self.accelerator.backward(loss)
+        learned = [] if self.distilling is None else list(self.distilling.parameters())
+        if self.accelerator.num_processes > 1:  # the model's gradients are shared by its wrapper; projections have none
+            for parameter in learned:
+                parameter.grad = self.accelerator.reduce(parameter.grad, "mean")
         if self.options.clip is not None:
-            self.accelerator.clip_grad_norm_(self.model.parameters(), self.options.clip)
+            self.accelerator.clip_grad_norm_([*self.model.parameters(), *learned], self.options.clip)
         self.stepper.step()
         lr = self.optimizer.param_groups[0]["lr"]
         if not self.stepper.step_was_skipped:
@@ -307,9 +345,17 @@ class _Loop:
             )
 
     def _loss(self, batch: Any) -> Tensor:
+        outputs, loss = self._task_loss(batch)
+        if self.distilling is None:
+            return cast(Tensor, loss)
+        distilled = self.distilling.loss(outputs, batch)
+        self.distilled.append(distilled.detach())
+        return distilled if loss is None else loss + distilled
+
+    def _task_loss(self, batch: Any) -> tuple[Any, Tensor | None]:
         try:
             outputs = self.task.forward(self.prepared, batch)
-            loss: Any = self.task.loss(outputs, batch) if self.task.loss is not None else None
+            loss: Any = None if self.task.loss is None else self.task.loss(outputs, batch)
         except (torch.OutOfMemoryError, DataError):
             raise
         except (RuntimeError, ValueError, IndexError, TypeError) as error:
@@ -317,11 +363,11 @@ class _Loop:
                 f"step {self.step}: the model and the loss could not be run on what Task.train yields, {describe(batch)} "
                 f"(example_inputs are {describe(self.task.example_inputs)}): {error}"
             ) from error
-        if not isinstance(loss, Tensor) or loss.numel() != 1:
+        if self.task.loss is not None and (not isinstance(loss, Tensor) or loss.numel() != 1):
             raise OptionError(
                 f"Task.loss gave {describe(loss)}; it must give a scalar tensor, such as a mean over the batch."
             )
-        return loss
+        return outputs, loss
 
     def _tell(self, lr: float, facts: dict[str, Any]) -> None:
         """Reports each step, and with loss and metric as often as a curve needs them."""
@@ -333,9 +379,12 @@ class _Loop:
             return
         loss = float(torch.stack(self.losses).float().mean())
         self._check(loss)
-        self.losses.clear()
         facts.pop("updated", None)
         record = {"kind": "record", "step": self.step, "loss": loss, "lr": lr, **facts}
+        if self.distilled:
+            record["distill_loss"] = float(torch.stack(self.distilled).float().mean())
+        self.losses.clear()
+        self.distilled.clear()
         if evaluates and self.task.evaluate is not None:
             record["metric"] = self._evaluate(self.task.evaluate)
         self.history.append(record)
@@ -360,11 +409,13 @@ class _Loop:
             "optimizer": self.optimizer.state_dict(),
             "scheduler": self.scheduler.state_dict(),
             "hooks": [hook.state_dict() for hook in self.attached],
+            "distill": None if self.distilling is None else self.distilling.state_dict(),
             "scaler": None if scaler is None else scaler.state_dict(),
             "random": random_state(),
             "epoch_start": self.epoch_start,
             "history": self.history,
             "losses": self.losses,
+            "distilled": self.distilled,
         }
 
     def _save(self) -> None:
@@ -381,9 +432,11 @@ class _Loop:
         self.scheduler.load_state_dict(state["scheduler"])
         for hook, saved in zip(self.attached, state["hooks"], strict=True):
             hook.load_state_dict(saved)
+        if self.distilling is not None:
+            self.distilling.load_state_dict(state["distill"])
         if self.accelerator.scaler is not None and state["scaler"] is not None:
             self.accelerator.scaler.load_state_dict(state["scaler"])
-        self.history, self.losses = state["history"], state["losses"]
+        self.history, self.losses, self.distilled = state["history"], state["losses"], state["distilled"]
         for record in self.history:
             self.stage.report(record)
         self.stage.report({"kind": "resumed", "step": self.step, "total": self.total})
