@@ -6,10 +6,12 @@ The first 59 are those on which other libraries were measured; the rest are what
 
 from __future__ import annotations
 
-from tests.graph import attentions, convolutions, tokens, weights
+from tests.graph import attentions, blocks, channels, convolutions, flow, recurrent, tokens, weights
 from tests.graph.pattern import PATTERNS, Pattern, build
 
-__all__ = ["MEASURED", "PATTERNS", "Pattern", "attentions", "build", "convolutions", "tokens", "weights"]
+__all__ = ["MEASURED", "PATTERNS", "Pattern", "build", "files"]
+
+files = (attentions, blocks, channels, convolutions, flow, recurrent, tokens, weights)
 
 _TABLE = """
 chain_flatten residual densecat cat_then_add cat_same_twice chunk_gate split_slice grouped_conv grouped_conv_expand
