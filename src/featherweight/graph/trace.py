@@ -1,0 +1,221 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`trace`: from a model and inputs to couplings. Labels walk through the graph; the classes that are left are couplings."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable, Mapping
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from featherweight.errors import check_word
+from featherweight.graph.capture import capture
+from featherweight.graph.couplings import Frozen, Group, Member, Op, Size, Trace
+from featherweight.graph.rules import RULES
+from featherweight.graph.walk import Axis, Extent, Walk, describe
+
+__all__ = ["trace"]
+
+
+def trace(
+    model: nn.Module,
+    inputs: tuple[Any, ...] | Mapping[str, Any],
+    *,
+    grain: Literal["heads", "dims"] = "heads",
+    seconds: float = 300.0,
+) -> Trace:
+    """Finds what can be cut out of a model: its couplings, what is frozen and why. Changes nothing.
+
+    `inputs` are the positional arguments of one forward call, or a mapping of keyword arguments; small ones do. `grain`
+    says what is cut of attention: whole `heads`, or the same positions of all heads (`dims`). The walk over the graph
+    takes time linear in its size and stops after `seconds`; torch.export's own time comes before that.
+
+    The algorithm is Comb's (Comb, Prune, Distill, arXiv 2408.03046) on labels: every channel that a layer makes has one,
+    data movement is executed on them, and what meets position by position becomes one class. An op without a rule
+    freezes what it touches. Saves nothing by itself: `cut` does.
+
+    Raises `GraphError` for a model that does not run on the inputs, and when time is up.
+
+    >>> model = nn.Sequential(nn.Linear(3, 8), nn.ReLU(), nn.Linear(8, 2))
+    >>> found = trace(model, (torch.zeros(1, 3),))
+    >>> [(group.name, group.size) for group in found.groups]
+    [('0', 8)]
+    >>> [(member.tensor, member.axis, member.role) for member in found["0"].members]
+    [('0.weight', 0, 'output'), ('0.bias', 0, 'output'), ('2.weight', 1, 'input')]
+    >>> found.parameters(), found.parameters({"0": 4})
+    (50, 26)
+    """
+    check_word("trace", "grain", grain, ("heads", "dims"))
+    captured = capture(model, inputs)
+    walk = Walk(captured, grain, time.monotonic() + seconds)
+    walk.run(RULES)
+    return _Assembly(walk).trace()
+
+
+class _Assembly:
+    """Everything that is told of a finished walk, from the classes of its labels."""
+
+    def __init__(self, walk: Walk) -> None:
+        self.walk = walk
+        # Tied tensors and those of the model that the forward did not touch keep their size.
+        self.own = sorted(walk.axes, key=lambda axis: axis.first)
+        ids = torch.arange(walk.labels.count)
+        self.roots = walk.labels.roots(ids)
+        self._freeze_unmade()
+        self.frozen = walk.labels.is_frozen(self.roots)
+        self.group_of, self.groups = self._group()
+
+    def _freeze_unmade(self) -> None:
+        """Positions that no layer makes (a table's rows that nothing contracts) are nobody's channels."""
+        made = np.unique(
+            np.concatenate([self._roots(axis) for axis in self.own if axis.role == "output"] or [np.empty(0, int)])
+        )
+        for axis in self.own:
+            missing = ~np.isin(self._roots(axis), made)
+            if missing.any():
+                self.walk.labels.now = None
+                self.walk.labels.freeze(
+                    torch.arange(axis.first, axis.first + axis.size)[torch.from_numpy(missing)], "no layer makes it"
+                )
+
+    def _roots(self, axis: Axis) -> np.ndarray:
+        return self.roots[axis.first : axis.first + axis.size]
+
+    def _group(self) -> tuple[dict[int, tuple[str, int]], tuple[Group, ...]]:
+        """Classes by the axes that they have positions on; alike classes are a group, in the order of their first position."""
+        where = np.concatenate([np.full(axis.size, i) for i, axis in enumerate(self.own)] or [np.empty(0, int)])
+        position = np.concatenate([np.arange(axis.size) for axis in self.own] or [np.empty(0, int)])
+        root = np.concatenate([self._roots(axis) for axis in self.own] or [np.empty(0, int)])
+        free = ~self.walk.labels.is_frozen(root)
+        where, position, root = where[free], position[free], root[free]
+        order = np.lexsort((position, where, root))
+        where, position, root = where[order], position[order], root[order]
+        classes, starts = np.unique(root, return_index=True)
+        bounds = [*starts.tolist(), len(root)]
+        alike: dict[bytes, list[int]] = {}
+        for i in range(len(classes)):
+            alike.setdefault(where[bounds[i] : bounds[i + 1]].tobytes(), []).append(i)
+        groups, group_of, taken = [], {}, dict[str, int]()
+        for members in sorted(alike.values(), key=lambda rows: bounds[rows[0]]):
+            one = where[bounds[members[0]] : bounds[members[0] + 1]]
+            rows = np.stack([position[bounds[i] : bounds[i + 1]] for i in members])
+            if len(members) < 2:
+                self._alone(classes[members[0]])
+                continue
+            name = self._name(one, taken)
+            group_of |= {int(classes[i]): (name, k) for k, i in enumerate(members)}
+            groups.append(self._one(name, one, rows, classes[members]))
+        return group_of, tuple(groups)
+
+    def _alone(self, root: int) -> None:
+        """A group of one channel cannot lose it."""
+        self.walk.labels.freeze(torch.tensor([root]), "it is the only one of its kind")
+
+    def _name(self, where: np.ndarray, taken: dict[str, int]) -> str:
+        axes = [self.own[i] for i in dict.fromkeys(where.tolist())]
+        makers = [axis.tensor for axis in axes if axis.role == "output" and axis.tensor in self.walk.weights]
+        tensor = (makers or [axis.tensor for axis in axes if axis.role == "output"] or [axes[0].tensor])[0]
+        layer, _, leaf = tensor.rpartition(".")
+        name = layer if leaf == "weight" and layer else tensor
+        taken[name] = taken.get(name, 0) + 1
+        return name if taken[name] == 1 else f"{name}#{taken[name]}"
+
+    def _one(self, name: str, where: np.ndarray, rows: np.ndarray, classes: np.ndarray) -> Group:
+        members = []
+        for i in dict.fromkeys(where.tolist()):
+            own = self.own[i]
+            members.append(Member(own.tensor, own.axis, own.role or "scale", rows[:, where == i]))
+        heads = self._touched(self.walk.joiner.heads, classes)
+        told = [text for labels, text in self.walk.statistics if self._touched([labels], classes)]
+        return Group(name, len(rows), tuple(members), "heads" if heads else "channels", tuple(dict.fromkeys(told)))
+
+    def _touched(self, labels: Iterable[Tensor], classes: np.ndarray) -> bool:
+        return any(bool(np.isin(self.roots[one.numpy()], classes).any()) for one in labels)
+
+    # What follows from the groups ----------------------------------------------------------------------------------
+
+    def trace(self) -> Trace:
+        walk = self.walk
+        sizes_of = {
+            name: self._tensor_sizes(name, tuple(tensor.shape))
+            for name, tensor in walk.state.items()
+            if isinstance(tensor, nn.Parameter)
+        }
+        notes = list(walk.captured.notes)
+        notes += [f"{op} has no rule ({count} times); what it touches is frozen" for op, count in walk.unknown.items()]
+        return Trace(
+            groups=self.groups,
+            frozen=tuple(self._frozen()),
+            ops=tuple(self._ops()),
+            coverage=self._coverage(sizes_of),
+            front=walk.captured.front,
+            notes=tuple(notes),
+            shapes={name: tuple(tensor.shape) for name, tensor in walk.state.items()},
+            sizes_of=sizes_of,
+        )
+
+    def _size(self, labels: np.ndarray | None, extent: int) -> Size:
+        if labels is None:
+            return Size(extent)
+        counts: dict[str, int] = {}
+        fixed = extent
+        for root, times in zip(*np.unique(self.roots[labels], return_counts=True), strict=True):
+            at = self.group_of.get(int(root))
+            if at is not None:
+                counts[at[0]] = int(times)
+                fixed -= int(times)
+        return Size(fixed, counts)
+
+    def _tensor_sizes(self, name: str, shape: tuple[int, ...]) -> tuple[Size, ...]:
+        axes = {axis.axis: axis for axis in self.own if axis.tensor == name}
+        return tuple(
+            self._size(np.arange(axes[i].first, axes[i].first + axes[i].size) if i in axes else None, size)
+            for i, size in enumerate(shape)
+        )
+
+    def _extent(self, extent: Extent) -> Size:
+        size, lanes = extent
+        found = (self._size(lane.numpy(), size) for lane in lanes)
+        return next((one for one in found if one.groups), Size(size))
+
+    def _ops(self) -> Iterable[Op]:
+        for product in self.walk.products:
+            output = tuple(self._extent(extent) for extent in product.output)
+            coefficient, factors = product.macs
+            if coefficient or any(size.groups for size in output):
+                _, source, layer = describe(product.node)
+                yield Op(
+                    layer,
+                    product.op,
+                    source,
+                    product.weight,
+                    output,
+                    (coefficient, tuple(self._extent(e) for e in factors)),
+                )
+
+    def _frozen(self) -> Iterable[Frozen]:
+        labels = self.walk.labels
+        for own in self.own:
+            roots = self._roots(own)
+            # A class may have become frozen, or a group of one, after its label was made.
+            left = np.array([int(root) not in self.group_of for root in roots])
+            causes = [labels.cause(int(root)) for root in roots[left]]
+            for cause in dict.fromkeys(causes):
+                node, why = cause if isinstance(cause, tuple) else (None, "")
+                op, source, _ = describe(node)
+                yield Frozen(own.tensor, own.axis, causes.count(cause), op, source, why)
+
+    def _coverage(self, sizes_of: Mapping[str, tuple[Size, ...]]) -> float:
+        total = cuttable = 0.0
+        for name in self.walk.weights:
+            if name not in sizes_of:
+                continue
+            shape = self.walk.state[name].shape
+            elements = float(np.prod(shape))
+            kept = float(np.prod([size.fixed / full for size, full in zip(sizes_of[name], shape, strict=True)]))
+            total += elements
+            cuttable += elements * (1 - kept)
+        return cuttable / total if total else 0.0
