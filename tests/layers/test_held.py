@@ -70,6 +70,26 @@ def test_what_is_held_follows_the_weights(kind: str, share: float) -> None:
             assert a.energy == pytest.approx(b.energy, rel=1e-4)
 
 
+def test_without_a_reference_it_answers_as_it_did_and_what_was_tried_out_can_be_put_back() -> None:
+    torch.manual_seed(0)
+    model = MODELS["grouped"]().eval()
+    reference = copy.deepcopy(model)
+    data = [torch.randn(4, 3, 10, 10) for _ in range(2)]
+    whole = problems(model)[0][1]
+    held = hold(model, whole, data, forward, reference=None, most_bytes=10**9)
+    assert held is not None
+    dense = whole.matrix()
+    for values in (torch.zeros_like(dense), dense, dense.abs(), dense):
+        whole.write(values)
+        found = held.statistics([whole])[whole.name]
+        wanted = collect(model, [whole], data, forward, reference=reference)[whole.name]
+        assert found.T is not None
+        torch.testing.assert_close(found.T, wanted.T, rtol=1e-5, atol=1e-5 * float(found.T.abs().max()))
+        assert found.energy == pytest.approx(wanted.energy, rel=1e-4)
+    exact = held.statistics([whole])[whole.name]
+    assert torch.equal(exact.T, dense.double() @ exact.H), "back at the beginning nothing of what was tried is left"
+
+
 def test_what_would_take_too_much_memory_or_is_never_reached_is_not_held() -> None:
     model = MODELS["conv"]().eval()
     data = [torch.randn(4, 3, 10, 10)]

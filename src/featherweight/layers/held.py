@@ -33,6 +33,7 @@ class Held:
     def __init__(self, model: nn.Module, problem: Problem, calls: list[tuple[Input, Tensor]], samples: int) -> None:
         self._model, self._weight, self._calls, self._samples = model, problem.weight, calls, samples
         self._now = self._matrix()
+        self._first = self._now, [gap.clone() for _, gap in calls]
 
     def statistics(self, blocks: Sequence[Problem]) -> dict[str, Statistics]:
         """What `collect` would give for these blocks of the weight, with the values that it has now."""
@@ -49,14 +50,23 @@ class Held:
     def _matrix(self) -> Tensor:
         return to_matrix(self._weight, self._weight.parameter.detach()).clone()
 
+    def _changed(self, moved: Tensor) -> Tensor:
+        """The input channels whose weights moved."""
+        return moved.view(len(moved), -1, self._weight.columns_per_tap).abs().amax((0, 1)).nonzero()[:, 0]
+
     def _keep_up(self) -> None:
         """Takes what the weights moved by since last time out of the gaps."""
-        now = self._matrix()
+        now, (first, gaps) = self._matrix(), self._first
+        if len(self._changed(now - first)) < len(self._changed(now - self._now)):
+            # Nearer to where it began, as when all of a weight was tried out and put back.
+            self._now = first
+            for (_, gap), before in zip(self._calls, gaps, strict=True):
+                gap.copy_(before)
         moved, self._now = now - self._now, now
-        by_channel = moved.view(len(moved), -1, self._weight.columns_per_tap)
-        changed = by_channel.abs().amax((0, 1)).nonzero()[:, 0]
+        changed = self._changed(moved)
         if not len(changed):
             return
+        by_channel = moved.view(len(moved), -1, self._weight.columns_per_tap)
         channels = slice(int(changed[0]), int(changed[-1]) + 1)
         few = self._weight.groups == 1 and 2 * (channels.stop - channels.start) <= self._weight.columns_per_tap
         for read, gap in self._calls:
@@ -76,12 +86,12 @@ def hold(
     batches: Iterable[Any],
     forward: Forward,
     *,
-    reference: nn.Module,
+    reference: nn.Module | None,
     most_bytes: int,
 ) -> Held | None:
     """Runs both models once and holds a weight's inputs and gaps; None where they take more than `most_bytes`.
 
-    For weights that read one input a call: not for fused attention projections, whose parts read three, nor embeddings.
+    Without a `reference` the model as it is now is what is to be answered, and only that is run. For weights that read one input a call: not for fused attention projections, whose parts read three, nor embeddings.
     Also None where the data never reached it.
 
     >>> import torch
@@ -95,9 +105,9 @@ def hold(
     """
     if problem.weight.kind in ("attention", "embedding"):
         return None
-    model, reference = unwrap(model), unwrap(reference)
+    model, reference = unwrap(model), None if reference is None else unwrap(reference)
     kept = _Calls(problem, most_bytes)
-    with quiet(model, reference):
+    with quiet(*(one for one in (model, reference) if one is not None)):
         run = prepare(model, reference, [problem], share=False)
         run.sums[problem.weight.name] = [kept]
         try:
@@ -118,14 +128,17 @@ class _Calls(Sums):
         super().__init__([problem])
         self.found: list[tuple[Input, Tensor]] = []
         self._room = most_bytes
+        self._outputs = len(to_matrix(self.weight, self.weight.parameter))
 
     def add(self, read: Input, gap: Tensor | None) -> None:
-        if gap is None or not read.tokens:
+        if not read.tokens:
             return
+        if gap is None:
+            gap = read.x.new_zeros(read.groups, read.tokens, self._outputs // read.groups)
         # An activation that is a view of the model's may be changed in place by what comes next.
         shares = read.x.untyped_storage().data_ptr() == read.origin.untyped_storage().data_ptr()
         x = read.x.clone() if shares else read.x
-        self._room -= x.nbytes + gap.nbytes
+        self._room -= x.nbytes + 2 * gap.nbytes
         if self._room < 0:
             raise _Full
         self.tokens += read.tokens

@@ -1,15 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Sums of products over tokens, in float64 of float32 products, for problems that are fed by one input.
-
-A float32 product over 256 tokens errs by 1e-7 of itself on a CPU (relative, Frobenius; 6e-7 over thousands of tokens),
-and at d of 500 and more takes a quarter of float64's time. X Xᵀ is symmetric: only stripes of its upper triangle are
-computed. Calls of few tokens wait until there are enough for one product.
-"""
+"""What is summed over tokens for problems that are fed by one input: X Xᵀ, and what the outputs still lack times X."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from math import ceil
 from typing import Any, cast
 
 import torch
@@ -17,69 +11,14 @@ from torch import Tensor
 
 from featherweight.layers.inputs import Input
 from featherweight.layers.problems import Problem
+from featherweight.layers.products import TOKENS, Products
+from featherweight.layers.sliding import Slides, sliding_axis
 
-__all__ = ["Counts", "Products", "Sums"]
+__all__ = ["Counts", "Sums"]
 
-_TOKENS = 256  # of one float32 product
 # Numbers in one chunk of patches: 4 MiB of float32, which a cache holds; more where that would be less than two products,
 # but 64 MiB at most.
 _CHUNK, _MOST = 1 << 20, 1 << 24
-_STRIPE = 128
-
-
-class Products:
-    """Σ Aᵀ B over tokens for A (groups, tokens, left) and B (groups, tokens, right); of A with itself where B is None."""
-
-    def __init__(self) -> None:
-        self._total: Tensor | None = None
-        self._waiting: list[tuple[Tensor, Tensor | None]] = []
-        self._symmetric = True
-
-    def add(self, A: Tensor, B: Tensor | None = None) -> None:
-        if A.shape[1] >= _TOKENS:
-            self._multiply(A, B)
-            return
-        # What waits must not change with the activation that it is a view of.
-        self._waiting.append((A.clone(), None if B is None else B.clone()))
-        if sum(a.shape[1] for a, _ in self._waiting) >= _TOKENS:
-            self._flush()
-
-    def total(self) -> Tensor | None:
-        """(groups, left, right) in float64, or None if nothing was added. Call it once, at the end."""
-        self._flush()
-        total = self._total
-        if total is not None and self._symmetric:
-            for start, stop in _stripes(total.shape[1]):
-                total[:, stop:, start:stop] = total[:, start:stop, stop:].mT
-                block = total[:, start:stop, start:stop]
-                block.copy_((block + block.mT) / 2)
-        return total
-
-    def _flush(self) -> None:
-        if self._waiting:
-            left, right = [a for a, _ in self._waiting], [b for _, b in self._waiting if b is not None]
-            self._waiting = []
-            self._multiply(torch.cat(left, 1), torch.cat(right, 1) if right else None)
-
-    def _multiply(self, A: Tensor, B: Tensor | None) -> None:
-        if self._total is None:
-            self._symmetric = B is None
-            right = A if B is None else B
-            self._total = A.new_zeros(len(A), A.shape[2], right.shape[2], dtype=torch.float64)
-        total, pieces = self._total, ceil(A.shape[1] / _TOKENS)
-        if B is not None:
-            for a, b in zip(A.chunk(pieces, 1), B.chunk(pieces, 1), strict=True):
-                total += a.mT @ b
-            return
-        for a in A.chunk(pieces, 1):
-            for start, stop in _stripes(a.shape[2]):
-                total[:, start:stop, start:] += a[:, :, start:stop].mT @ a[:, :, start:]
-
-
-def _stripes(d: int) -> list[tuple[int, int]]:
-    """At most four: more would save little of the other half and make narrow products."""
-    width = max(_STRIPE, ceil(d / 4))
-    return [(start, min(start + width, d)) for start in range(0, d, width)]
 
 
 class Sums:
@@ -101,6 +40,7 @@ class Sums:
         self.calls = self.calls_before = self.tokens = self.samples = self.unpaired = 0
         self.gap_energy = torch.zeros(len(problems), dtype=torch.float64)
         self._gram, self._gap = Products(), Products()
+        self._slides: Slides | None = None
         self._hessians: list[Tensor] | None = None
 
     @property
@@ -116,20 +56,35 @@ class Sums:
             self.gap_energy += torch.linalg.vector_norm(gap, dim=2).double().square().sum(1).cpu()
         if read.tokens == 0 or (self.leader is not None and gap is None):
             return
-        start, size = 0, min(_MOST, max(_CHUNK, 2 * _TOKENS * len(self.groups) * self.problems[0].d))
+        start, size = 0, min(_MOST, max(_CHUNK, 2 * TOKENS * len(self.groups) * self.problems[0].d))
+        gram = None if self.leader is not None else self._gram_of(read, size)
         for X in read.patches(self.groups, self.channels, size):
-            if self.leader is None:
-                self._gram.add(X)
+            if gram is not None:
+                gram.add(X)
             if gap is not None:
                 self._gap.add(gap[:, start : start + X.shape[1]], X)
             start += X.shape[1]
+
+    def _gram_of(self, read: Input, size: int) -> Products | Slides:
+        """What sums X Xᵀ of this call: all products, or where that is much less those that sliding leaves."""
+        axis = sliding_axis(read, self.problems[0].d)
+        if axis is None:
+            return self._gram
+        if self._slides is None:
+            self._slides = Slides(read, axis)
+        self._slides.ends(read, self.groups, self.channels, size)
+        return self._slides
 
     def hessians(self) -> list[Tensor]:
         """H (d, d) of each problem; followers have their leader's very tensors."""
         if self.leader is not None:
             return self.leader.hessians()
         if self._hessians is None:
-            total = cast(Tensor, self._gram.total())
+            total, slid = self._gram.total(), None if self._slides is None else self._slides.total()
+            if total is None or slid is None:
+                total = cast(Tensor, slid if total is None else total)
+            else:
+                total += slid
             self._hessians = list(total.mul_(2 / self.tokens))
         return self._hessians
 

@@ -252,9 +252,11 @@ def _blocks_of(
 ) -> Callable[[Sequence[Problem]], tuple[dict[str, Statistics], dict[str, Statistics]]]:
     """Gives statistics of blocks: from the layer's inputs, where those fit in the byte budget, else run by run."""
     held = []
+    # Unless targets are corrected the host begins as a copy of what it is to answer to: one run shows all.
+    answers = reference if host is run.model else None
     for part in (run.data.fit, run.data.held_out):
         room = run.budget_bytes // 4
-        kept = hold(host, whole, part, run.forward, reference=reference, most_bytes=room) if part else None
+        kept = hold(host, whole, part, run.forward, reference=answers, most_bytes=room) if part else None
         if part and kept is None:
             return lambda blocks: run.collected(blocks, host, reference)
         held.append(kept)
