@@ -34,7 +34,7 @@ from featherweight.task import describe
 if TYPE_CHECKING:
     from featherweight.prune.gradual import GradualPruning
 
-__all__ = ["Pruner"]
+__all__ = ["Pruner", "innermost"]
 
 _VERSION = 1
 # Counted by step, so that a resumed run's optimizer has the same bits. Half the cost of a step lies in this.
@@ -57,7 +57,7 @@ class Pruner:
         example_inputs: tuple[Any, ...] | None,
     ) -> None:
         self.options = options
-        self._optimizer = _innermost(optimizer)
+        self._optimizer = innermost(optimizer)
         gathers = options.importance in GRADIENT_BASED
         if gathers and self._optimizer is None:
             raise OptionError(
@@ -245,7 +245,7 @@ class Pruner:
             self._seen[name] += 1
 
 
-def _innermost(optimizer: Any) -> torch.optim.Optimizer | None:
+def innermost(optimizer: Any) -> torch.optim.Optimizer | None:
     """torch's own optimizer inside wrappers that keep it as `.optimizer`, as accelerate's and Lightning's do."""
     while isinstance(inner := getattr(optimizer, "optimizer", None), torch.optim.Optimizer):
         optimizer = inner
