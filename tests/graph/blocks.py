@@ -51,7 +51,7 @@ OF_A_BLOCK = {**RESIDUAL, "layer.attention.q_proj+layer.attention.k_proj+layer.a
     lambda: {"enter": nn.Linear(9, 5), "layer": Block(), "head": nn.Linear(5, 4)},
     norms=(next(iter(RESIDUAL)),),
 )
-def _(self, x):
+def forward(self, x):
     return self.head(self.layer(self.enter(x)))
 
 
@@ -62,7 +62,7 @@ def _(self, x):
     lambda: {"enter": nn.Linear(9, 5), "layer": Block(), "head": nn.Linear(5, 4)},
     norms=(next(iter(RESIDUAL)),),
 )
-def _(self, x):
+def forward(self, x):
     """ALBERT's: one block, three times."""
     x = self.enter(x)
     for _ in range(3):
@@ -76,7 +76,7 @@ def _(self, x):
     {"enter+attn.out_proj": 6, "attn.in_proj_weight": 3},
     lambda: {"enter": nn.Linear(9, 6), "attn": nn.MultiheadAttention(6, 3, batch_first=True), "head": nn.Linear(6, 4)},
 )
-def _(self, x):
+def forward(self, x):
     x = self.enter(x)
     return self.head(x + self.attn(x, x, x, need_weights=False)[0])
 
@@ -88,7 +88,7 @@ def _(self, x):
     lambda: {"enter": nn.Linear(9, 6), "attn": nn.MultiheadAttention(6, 3), "head": nn.Linear(6, 4)},
     loose=True,
 )
-def _(self, x):
+def forward(self, x):
     """The weights that it gives are the mean over heads: of the heads that are left."""
     x = self.enter(x)
     y, weights = self.attn(x, x, x)
@@ -106,7 +106,7 @@ def _(self, x):
     },
     loose=True,
 )
-def _(self, x, memory):
+def forward(self, x, memory):
     x = self.enter(x)
     return self.head(x + self.attn(x, memory, memory, need_weights=False)[0])
 
@@ -126,7 +126,7 @@ def _(self, x, memory):
     },
     norms=("enter+block.self_attn.out_proj+block.linear2+block.norm1+block.norm2",),
 )
-def _(self, x):
+def forward(self, x):
     """In eval mode torch takes one fused operation for all of it, unless gradients are on."""
     return self.head(self.block(self.enter(x)))
 

@@ -1,0 +1,118 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a trace finds in each pattern, against what reading its forward says; and each map against absent values."""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import re
+
+import pytest
+import torch
+
+from featherweight.graph import Group, Trace, trace
+from tests.graph.absent import without
+from tests.graph.patterns import PATTERNS, build
+
+GRAINS = [
+    (name, grain)
+    for name, one in PATTERNS.items()
+    for grain in ("heads", "dims")
+    if grain == "heads" or one.dims is not None
+]
+EVERY = pytest.mark.parametrize(("name", "grain"), GRAINS)
+
+
+@functools.cache
+def traced(name: str, grain: str = "heads") -> Trace:
+    model, inputs = build(name)
+    return trace(model, inputs, grain=grain)
+
+
+def made_by(group: Group) -> set[str]:
+    """The tensors that make the axis or scale it, and the layers that these stand in."""
+    tensors = {member.tensor for member in group.members if member.role != "input"}
+    return tensors | {tensor.rpartition(".")[0] for tensor in tensors}
+
+
+def wanted(name: str, grain: str) -> list[tuple[str, int]]:
+    one = PATTERNS[name]
+    groups = one.dims if grain == "dims" and one.dims is not None else one.groups
+    return [(key, size) for key, sizes in groups.items() for size in ((sizes,) if isinstance(sizes, int) else sizes)]
+
+
+def matched(found: Trace, name: str, grain: str) -> dict[tuple[str, int], Group | None]:
+    """Each group that the pattern names, with the one that was found for it."""
+    free, result = list(found.groups), {}
+    for i, (key, size) in enumerate(wanted(name, grain)):
+        fits = [g for g in free if set(key.split("+")) <= made_by(g) and g.size == size]
+        result[key, i] = fits[0] if fits else None
+        free = [g for g in free if not fits or g is not fits[0]]
+    return result
+
+
+def said(found: Trace) -> str:
+    lines = [f"  {'+'.join(sorted(made_by(g)))}: {g.size} {g.statistics or ''}" for g in found.groups]
+    lines += [
+        f"  frozen {f.tensor} axis {f.axis}: {f.positions} by {f.op} ({f.reason}) at {f.source}" for f in found.frozen
+    ]
+    return "\n".join(["", *lines, *found.notes])
+
+
+@EVERY
+def test_the_groups_are_those_that_the_forward_says(name, grain):
+    one, found = PATTERNS[name], traced(name, grain)
+    pairs = matched(found, name, grain)
+    missing = [key for (key, _), group in pairs.items() if group is None]
+    surplus = {id(g) for g in found.groups} - {id(g) for g in pairs.values()}
+    if not one.loose:
+        assert not missing and not surplus, said(found)
+    assert found.front == one.front, found.notes
+
+
+@pytest.mark.parametrize("name", list(PATTERNS))
+def test_norms_and_means_over_channels_are_told_and_no_others(name):
+    one, found = PATTERNS[name], traced(name)
+    for (key, _), group in matched(found, name, "heads").items():
+        if group is not None:
+            assert bool(group.statistics) == (key in one.norms), (key, group.statistics)
+
+
+@pytest.mark.parametrize("name", [name for name, one in PATTERNS.items() if one.frozen])
+def test_what_is_frozen_says_which_operation_did_it_and_where(name):
+    found = traced(name)
+    for tensor, words in PATTERNS[name].frozen.items():
+        reasons = [f for f in found.frozen if f.tensor == tensor]
+        assert any(re.search(words, f"{f.op} {f.reason}") for f in reasons), said(found)
+
+
+@EVERY
+def test_every_position_of_every_axis_is_in_one_place(name, grain):
+    """In a coupling, or among the frozen: of weights nothing is forgotten, and nothing is cut by two couplings."""
+    found = traced(name, grain)
+    taken: dict[tuple[str, int], list[int]] = {}
+    for group in found.groups:
+        assert group.size > 1 and len(group.members) > 0
+        for member in group.members:
+            assert member.positions.shape[0] == group.size
+            taken.setdefault((member.tensor, member.axis), []).extend(member.positions.reshape(-1).tolist())
+    for (tensor, axis), positions in taken.items():
+        assert len(set(positions)) == len(positions), (tensor, axis)
+        assert set(positions) <= set(range(found.shapes[tensor][axis]))
+        frozen = sum(f.positions for f in found.frozen if (f.tensor, f.axis) == (tensor, axis))
+        assert len(positions) + frozen == found.shapes[tensor][axis], (tensor, axis, said(found))
+
+
+@EVERY
+def test_columns_that_are_to_go_are_those_that_read_absent_channels(name, grain):
+    """Where the makers are absent already, taking the readers' columns as well may change nothing."""
+    found = traced(name, grain)
+    for group in found.groups:
+        makers, readers = ([m for m in group.members if (m.role == "input") == reads] for reads in (False, True))
+        for index in {0, group.size - 1}:
+            gone = [(m.tensor, m.axis, m.positions[index].tolist()) for m in makers]
+            also = [(m.tensor, m.axis, m.positions[index].tolist()) for m in readers]
+            once, twice = (without(*build(name), places) for places in (gone, gone + also))
+            for a, b in itertools.zip_longest(once, twice):
+                assert not a.isnan().any(), (group.name, said(found))
+                torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-9)
