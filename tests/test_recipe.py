@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 import dataclasses
 import importlib.metadata
+import json
 import tomllib
 from pathlib import Path
 from typing import Any
@@ -8,6 +9,7 @@ from typing import Any
 import pytest
 
 from featherweight import recipe
+from featherweight.distill import CIRKD, CWD, KL, Attention, Distill, Features
 from featherweight.errors import RecipeError
 from featherweight.recipe import load_recipe, method_names, to_dict, to_toml
 from featherweight.train import Train
@@ -78,6 +80,64 @@ def test_what_is_written_is_read_back(tmp_path: Path) -> None:
     tomllib.loads(text)
     again = load_recipe(write(tmp_path, text))
     assert again == recipe.Recipe(stages, 9)
+
+
+DISTILLED = """[[stages]]
+method = "train"
+steps = 30
+distill = { kl = { temperature = 2.0 }, features = { layers = { layer3 = "stages.2" } } }
+"""
+
+
+def test_losses_are_named_with_their_options(tmp_path: Path) -> None:
+    wanted = Train(steps=30, distill=[KL(temperature=2.0), Features({"layer3": "stages.2"})])
+    assert load_recipe(write(tmp_path, DISTILLED)).stages == (wanted,)
+    tables = (
+        DISTILLED.partition("distill")[0] + "[stages.distill.kl]\ntemperature = 2.0\n[stages.distill.features.layers]\n"
+    )
+    assert load_recipe(write(tmp_path, tables + 'layer3 = "stages.2"\n')).stages == (wanted,)
+    listed = (
+        'distill = [{ method = "kl", temperature = 2.0 }, { method = "features", layers = { layer3 = "stages.2" } }]'
+    )
+    assert load_recipe(write(tmp_path, DISTILLED.partition("distill")[0] + listed)).stages == (wanted,)
+    named = DISTILLED.partition("distill")[0] + "hooks = { gradual_pruning = { sparsity = 0.5, end = 20 } }"
+    assert load_recipe(write(tmp_path, named)).stages[0].hooks[0].sparsity == 0.5
+
+
+@pytest.mark.parametrize(
+    "distill",
+    [
+        KL(temperature=2.0),
+        [CWD(layers=["a", "b"], weight=50.0), KL(axis=-1)],
+        [Features({"a": "b"}, kind="cosine"), Attention("*.attn", kind="rows"), CIRKD("x", classes=19, project=True)],
+        Distill([KL(), CWD()]),
+    ],
+)
+def test_distillation_is_read_back_as_it_was_written(tmp_path: Path, distill: Any) -> None:
+    stages = (Train(steps=3, distill=distill),)
+    json.dumps(to_dict(stages[0]), allow_nan=False)
+    assert load_recipe(write(tmp_path, to_toml(stages, seed=9))).stages[0] == stages[0]
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (DISTILLED.replace("kl =", "kll ="), r"line 4: no loss to distill by 'kll'. Nearest: kl"),
+        (
+            DISTILLED.replace("temperature", "temprature"),
+            r"line 4: method 'kl' has no key 'temprature'; did you mean 'temp",
+        ),
+        (DISTILLED.replace("2.0", "0.0"), r"line 4: KL: temperature must be a number above 0"),
+        (
+            DISTILLED.replace("{ temperature = 2.0 }", "2.0"),
+            r"line 4: distill maps names to tables.*kl = {}.*got kl = 2.0",
+        ),
+        (DISTILLED.replace("kl =", "train ="), r"line 4: no loss to distill by 'train'"),
+    ],
+)
+def test_a_wrong_loss_is_named(tmp_path: Path, text: str, message: str) -> None:
+    with pytest.raises(RecipeError, match=message):
+        load_recipe(write(tmp_path, text))
 
 
 def test_functions_are_named_not_stored() -> None:

@@ -2,6 +2,7 @@
 """Oracle: the same loop written out by hand in a dozen lines of plain torch."""
 
 import copy
+import dataclasses
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -9,12 +10,14 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
-from torch.nn.functional import cross_entropy, mse_loss
+from torch.nn.functional import cross_entropy, kl_div, mse_loss
 from torch.utils.data import DataLoader, TensorDataset
 
 import featherweight.train
+from featherweight.distill import CIRKD, KL, Attention, Distill, Features, Loss
 from featherweight.errors import DataError, NumericalError, OptionError
 from featherweight.plan import Plan
+from featherweight.prune import GradualPruning
 from featherweight.task import Stage, Task
 from featherweight.train import Train
 
@@ -233,3 +236,177 @@ def test_curves_are_thinned() -> None:
     assert len(records) <= featherweight.train._CURVE_POINTS * 1.5
     assert records[-1]["step"] == 1000
     assert sum(e["kind"] == "step" for e in events) == 1000
+
+
+def with_teacher(**options: Any) -> Task:
+    """The task's model is wider than the network, so that features are compared by a projection."""
+    torch.manual_seed(8)
+    teacher = nn.Sequential(nn.Linear(6, 24), nn.BatchNorm1d(24), nn.ReLU(), nn.Dropout(0.3), nn.Linear(24, 2))
+    teacher[3].eval()
+    return task(teacher, **options)
+
+
+def test_the_loop_with_a_teacher_is_the_plain_loop_with_one() -> None:
+    """The projection is a layer like any other to the optimizer; the batches are those of a run without a teacher."""
+    model, taught = network(), with_teacher()
+    before = copy.deepcopy(taught.model)
+    Train(
+        steps=13,
+        lr=0.05,
+        optimizer="sgd",
+        momentum=0.8,
+        schedule="constant",
+        distill=[KL(2.0, weight=0.7), Features("0")],
+    )(model, taught, Stage(seed=5))
+    plain, teacher, data = network(), copy.deepcopy(taught.model).eval(), loader()
+    torch.manual_seed(5)
+    projection = nn.Linear(16, 24)
+    optimizer = torch.optim.SGD([*plain.parameters(), *projection.parameters()], lr=0.05, momentum=0.8)
+    step = 0
+    while step < 13:
+        for x, y in data:
+            out = plain(x)
+            p, q = (teacher(x).detach() / 2).log_softmax(1), (out / 2).log_softmax(1)
+            loss = cross_entropy(out, y) + 0.7 * 4 * kl_div(q, p, reduction="batchmean", log_target=True)
+            loss = loss + mse_loss(projection(plain[0](x)), teacher[0](x).detach())
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            step += 1
+            if step == 13:
+                break
+    for name, tensor in plain.state_dict().items():
+        torch.testing.assert_close(model.state_dict()[name], tensor, rtol=1e-4, atol=1e-6)
+    assert equal(taught.model, before)
+    assert [m.training for m in taught.model.modules()] == [m.training for m in before.modules()]
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in (*model.modules(), *taught.model.modules()))
+    assert set(model.state_dict()) == set(network().state_dict())
+
+
+@pytest.mark.parametrize("stop", [3, 16])
+def test_a_distilled_run_that_died_goes_on_to_the_same_weights(tmp_path: Path, stop: int) -> None:
+    """Projections and their momentum are state; so is the share of the loss that waits for the next record."""
+    distill = [KL(), Features("0"), Attention("pixels"), cirkd()]
+    options = Train(
+        steps=17, lr=0.02, hooks=[GradualPruning(0.5, end=12, every=3)], distill=distill, checkpoint_every=2
+    )
+    taught = task(segmenter(6), train=pictures(), loss=lambda out, batch: cross_entropy(out, batch[1]))
+    taught = dataclasses.replace(taught, example_inputs=(torch.zeros(1, 3, 4, 4),))
+    whole, died, resumed = segmenter(4), segmenter(4), segmenter(4)
+    history: list[Any] = []
+    options(whole, taught, Stage(seed=7, report=history.append))
+    count = 0
+
+    def dies(out: torch.Tensor, batch: Any) -> torch.Tensor:
+        nonlocal count
+        count += 1
+        if count > stop:
+            raise Stop
+        return cross_entropy(out, batch[1])
+
+    with pytest.raises(Stop):
+        options(died, dataclasses.replace(taught, loss=dies), Stage(seed=7, folder=tmp_path))
+    again: list[Any] = []
+    torch.manual_seed(999)
+    options(resumed, taught, Stage(seed=7, folder=tmp_path, resume=True, report=again.append))
+    assert equal(whole, resumed)
+    records = [[e for e in events if e["kind"] == "record"] for events in (history, again)]
+    assert records[0] == records[1]
+    assert all(0 < record["distill_loss"] < record["loss"] for record in records[0])
+
+
+def cirkd() -> Loss:
+    """Queues that overflow, and draws that matter: a resumed run must have both."""
+    return CIRKD("pixels", classes=2, pixel_queue=20, region_queue=4, pixel_contrast=10, region_contrast=4)
+
+
+def segmenter(width: int) -> nn.Sequential:
+    torch.manual_seed(3)
+    layers = [nn.Conv2d(3, width, 1), nn.ReLU(), nn.Conv2d(width, width, 3, padding=1), nn.Dropout(0.2)]
+    model = nn.Sequential(*layers)
+    model.add_module("pixels", nn.Conv2d(width, width, 1))
+    model.add_module("head", nn.Conv2d(width, 2, 1))
+    return model
+
+
+def pictures() -> DataLoader:
+    generator = torch.Generator().manual_seed(1)
+    x = torch.randn(20, 3, 4, 4, generator=generator)
+    return DataLoader(TensorDataset(x, (x.sum(1) > 0).long()), batch_size=4, shuffle=True)
+
+
+def test_records_have_the_distilled_part_and_the_whole() -> None:
+    events: list[Any] = []
+    taught = with_teacher()
+    Train(steps=5, optimizer="sgd", lr=1e-12, distill=KL())(network(), taught, Stage(report=events.append))
+    records = [e for e in events if e["kind"] == "record"]
+    plain: list[Any] = []
+    Train(steps=5, optimizer="sgd", lr=1e-12)(network(), taught, Stage(report=plain.append))
+    for record, without in zip(records, (e for e in plain if e["kind"] == "record"), strict=True):
+        assert record["loss"] - record["distill_loss"] == pytest.approx(without["loss"], rel=1e-5)
+        assert record["distill_loss"] > 0
+        assert "distill_loss" not in without
+
+
+def test_a_teacher_alone_can_train() -> None:
+    taught = with_teacher(loss=None)
+    events: list[Any] = []
+    model = network()
+    Train(steps=200, lr=0.02, distill=KL(1.0))(model, taught, Stage(report=events.append))
+    records = [e for e in events if e["kind"] == "record"]
+    assert all(record["loss"] == record["distill_loss"] for record in records)
+    x = torch.randn(100, 6)
+    agreement = (model.eval()(x).argmax(1) == taught.model.eval()(x).argmax(1)).float().mean()
+    assert agreement > 0.85
+
+
+def test_another_teacher_than_the_tasks_own_model() -> None:
+    taught, model = with_teacher(), network()
+    other = copy.deepcopy(taught.model)
+    with torch.no_grad():
+        other[4].weight.neg_()
+        other[4].bias.neg_()
+    Train(steps=200, lr=0.02, distill=Distill(KL(1.0), teacher=other))(
+        model, dataclasses.replace(taught, loss=None), Stage()
+    )
+    x = torch.randn(100, 6)
+    assert (model.eval()(x).argmax(1) == other.eval()(x).argmax(1)).float().mean() > 0.85
+
+
+def test_a_teacher_that_does_not_fit_is_refused_before_the_first_step() -> None:
+    model = network()
+    events: list[Any] = []
+    wrong = Distill(KL(), teacher=nn.Sequential(nn.Linear(6, 3)))
+    with pytest.raises(OptionError, match=r"KL, logits: the student gives Tensor\[8, 2\].*Tensor\[8, 3\]"):
+        Train(steps=3, distill=wrong)(model, task(model), Stage(report=events.append))
+    assert not [e for e in events if e["kind"] == "step"]
+    assert equal(model, network())
+    with pytest.raises(OptionError, match="the teacher is the student itself"):
+        Train(steps=3, distill=KL())(model, task(model), Stage())
+    with pytest.raises(OptionError, match="'kl' is no loss to distill by"):
+        Train(steps=3, distill="kl")
+
+
+def test_clipping_counts_what_is_learned_along() -> None:
+    """The norm that is clipped is of all that the optimizer moves, and so is the step that it allows."""
+    seen = []
+
+    class Watched(torch.optim.SGD):
+        def step(self, closure: Any = None) -> Any:
+            gradients = [p.grad for group in self.param_groups for p in group["params"] if p.grad is not None]
+            seen.append(float(torch.stack([g.norm() for g in gradients]).norm()))
+            return super().step(closure)
+
+    options = {"steps": 2, "distill": Features("0"), "optimizer": lambda p: Watched(p, lr=0.1)}
+    Train(**options)(network(), with_teacher(), Stage())
+    Train(clip=0.01, **options)(network(), with_teacher(), Stage())
+    assert min(seen[:2]) > 0.1
+    assert max(seen[2:]) < 0.0101
+
+
+def test_distillation_in_mixed_precision_is_summed_in_full() -> None:
+    events: list[Any] = []
+    Train(steps=4, precision="bf16", distill=[KL(), Features("0")])(
+        network(), with_teacher(), Stage(report=events.append)
+    )
+    assert all(0 < e["distill_loss"] < 10 for e in events if e["kind"] == "record")

@@ -175,13 +175,13 @@ class _Reader:
         if of is not None and isinstance(value, list):
             return tuple(self.build(item, stage, of) for item in value)
         if of is not None and isinstance(value, dict):
+            if isinstance(value.get("method"), str):
+                return self.build(value, stage, of)
             return tuple(self.build(item, stage, of) for item in self._by_name(key, value, stage))
         return tuple(value) if isinstance(value, list) else value
 
     def _by_name(self, key: str, table: dict[str, Any], stage: int) -> list[dict[str, Any]]:
         """The tables of `{ kl = { temperature = 4.0 }, cwd = {} }` as a list of them would have them."""
-        if isinstance(table.get("method"), str):
-            return [table]
         for name, options in table.items():
             if not isinstance(options, dict):
                 raise RecipeError(
