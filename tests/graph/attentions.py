@@ -33,19 +33,19 @@ def join(x):
 
 
 @pattern("attn_sep_matmul", TOKENS, HEADS, projections)
-def forward(self, x):
+def _(self, x):
     """The size of a head stands in the code, their number follows: whole heads go without further ado."""
     q, k, v = split(self.q(x)), split(self.k(x)), split(self.v(x))
     return self.o(join((q @ k.transpose(-1, -2) / 2.0).softmax(-1) @ v))
 
 
 @pattern("attn_sep_sdpa", TOKENS, HEADS, projections)
-def forward(self, x):
+def _(self, x):
     return self.o(join(F.scaled_dot_product_attention(split(self.q(x)), split(self.k(x)), split(self.v(x)))))
 
 
 @pattern("attn_heads_fixed", TOKENS, HEADS, projections, dims=DIMS)
-def forward(self, x):
+def _(self, x):
     """The number of heads stands in the code: at the grain of dimensions, each head loses the same one."""
     q, k, v = (split(part(x), 3, -1) for part in (self.q, self.k, self.v))
     return self.o(join((q @ k.transpose(-1, -2) / 2.0).softmax(-1) @ v))
@@ -58,7 +58,7 @@ def forward(self, x):
     lambda: {"num_heads": 3, "head_dim": 4, "all_head_size": 12, **projections()},
     dims=DIMS,
 )
-def forward(self, x):
+def _(self, x):
     """BERT's: three attributes that must follow."""
     q, k, v = (split(part(x), self.num_heads, self.head_dim) for part in (self.q, self.k, self.v))
     y = (q @ k.transpose(-1, -2) / 2.0).softmax(-1) @ v
@@ -67,7 +67,7 @@ def forward(self, x):
 
 
 @pattern("attn_scaled_by_size", TOKENS, HEADS, lambda: {"num_heads": 3, "head_dim": 4, **projections()}, dims=DIMS)
-def forward(self, x):
+def _(self, x):
     """The scale is computed of the size of a head: when that is cut, the scale of the uncut head must stay."""
     q, k, v = (split(part(x), self.num_heads, self.head_dim) for part in (self.q, self.k, self.v))
     return self.o(join((q @ k.transpose(-1, -2) * self.head_dim**-0.5).softmax(-1) @ v))
@@ -80,7 +80,7 @@ def forward(self, x):
     lambda: {"num_heads": 3, "qkv": nn.Linear(9, 36), "o": nn.Linear(12, 5), "head": nn.Linear(5, 4)},
     dims={"qkv": 4, "o": 5},
 )
-def forward(self, x):
+def _(self, x):
     """timm's, in which the size of a head follows from the number of heads; (3, heads, size) stays a product."""
     q, k, v = self.qkv(x).reshape(x.shape[0], x.shape[1], 3, self.num_heads, -1).permute(2, 0, 3, 1, 4).unbind(0)
     y = (q @ k.transpose(-2, -1) / 2.0).softmax(-1) @ v
@@ -88,7 +88,7 @@ def forward(self, x):
 
 
 @pattern("attn_fused_chunk", TOKENS, {"qkv": 3}, lambda: {"qkv": nn.Linear(9, 36), "o": nn.Linear(12, 5)})
-def forward(self, x):
+def _(self, x):
     q, k, v = (split(part) for part in self.qkv(x).chunk(3, -1))
     return self.o(join(F.scaled_dot_product_attention(q, k, v, is_causal=True)))
 
@@ -101,7 +101,7 @@ def forward(self, x):
     dims={"qkv": (4, 4)},
     loose=True,
 )
-def forward(self, x):
+def _(self, x):
     """GPT-NeoX's: each head's query, key and value stand beside each other."""
     q, k, v = self.qkv(x).view(x.shape[0], x.shape[1], 3, 12).transpose(1, 2).split(4, -1)
     return self.o(join(F.scaled_dot_product_attention(q, k, v)))
@@ -115,7 +115,7 @@ def forward(self, x):
     dims={"qkv": 3},
     loose=True,
 )
-def forward(self, x):
+def _(self, x):
     """The size of a head is computed of the input's width, which stays: no attribute says it."""
     b, n, c = x.shape
     q, k, v = self.qkv(x).reshape(b, n, 3, self.num_heads, c // self.num_heads).permute(2, 0, 3, 1, 4).unbind(0)
@@ -123,7 +123,7 @@ def forward(self, x):
 
 
 @pattern("gqa_repeat", TOKENS, {"q+k+v": 2}, lambda: projections(heads=6, kv=2), dims=None)
-def forward(self, x):
+def _(self, x):
     """A key and value head goes with the three query heads that read it."""
     q, k, v = split(self.q(x)), split(self.k(x)), split(self.v(x))
     k, v = k.repeat_interleave(3, 1), v.repeat_interleave(3, 1)
@@ -131,7 +131,7 @@ def forward(self, x):
 
 
 @pattern("gqa_expand", TOKENS, {"q+k+v": 2}, lambda: projections(heads=6, kv=2))
-def forward(self, x):
+def _(self, x):
     """Llama's `repeat_kv`, by expand and reshape."""
     q, k, v = split(self.q(x)), split(self.k(x)), split(self.v(x))
     b, h, n, d = k.shape
@@ -141,20 +141,20 @@ def forward(self, x):
 
 
 @pattern("gqa_enable", TOKENS, {"q+k+v": 2}, lambda: projections(heads=6, kv=2))
-def forward(self, x):
+def _(self, x):
     q, k, v = split(self.q(x)), split(self.k(x)), split(self.v(x))
     return self.o(join(F.scaled_dot_product_attention(q, k, v, enable_gqa=True)))
 
 
 @pattern("mqa", TOKENS, {"q": 3}, lambda: projections(kv=1), loose=True)
-def forward(self, x):
+def _(self, x):
     """One key and value for all: a query head goes by itself."""
     q, k, v = split(self.q(x)), split(self.k(x), 1), split(self.v(x), 1)
     return self.o(join((q @ k.transpose(-1, -2) / 2.0).softmax(-1) @ v))
 
 
 @pattern("rotary", TOKENS, HEADS, lambda: {"turns": fixed(2), **projections()}, dims={"v": 4}, loose=True)
-def forward(self, x):
+def _(self, x):
     """Dimension i of a head is turned with dimension i + 2, by angles from a buffer."""
     angles = torch.arange(x.shape[1], dtype=x.dtype)[:, None] * self.turns
     angles = torch.cat([angles, angles], -1)
@@ -175,7 +175,7 @@ def forward(self, x):
     dims={"v": 4},
     loose=True,
 )
-def forward(self, x):
+def _(self, x):
     """Dimensions 2i and 2i + 1 are one complex number."""
 
     def turned(y):
@@ -187,7 +187,7 @@ def forward(self, x):
 
 
 @pattern("qk_norm", TOKENS, HEADS, lambda: {"qn": nn.RMSNorm(4), "kn": nn.LayerNorm(4), **projections()})
-def forward(self, x):
+def _(self, x):
     """Norms over the dimensions of each head, one scale for all heads: whole heads are exact."""
     q, k, v = split(self.q(x)), split(self.k(x)), split(self.v(x))
     return self.o(join(F.scaled_dot_product_attention(self.qn(q), self.kn(k), v)))
@@ -201,7 +201,7 @@ def forward(self, x):
     dims={},
     loose=True,
 )
-def forward(self, x):
+def _(self, x):
     """XCiT's: dimensions attend to dimensions, so that only whole heads leave the softmax as it is."""
     q, k, v = self.qkv(x).reshape(x.shape[0], x.shape[1], 3, self.num_heads, -1).permute(2, 0, 3, 4, 1)
     weight = F.normalize(q, dim=-1) @ F.normalize(k, dim=-1).transpose(-2, -1) * self.temperature
@@ -215,7 +215,7 @@ def forward(self, x):
     lambda: {"before": nn.Conv2d(3, 3, 1), **projections()},
     loose=True,
 )
-def forward(self, x):
+def _(self, x):
     """Scores are mixed over heads: heads of queries and keys on one side, heads of values on the other."""
     q, k, v = split(self.q(x)), split(self.k(x)), split(self.v(x))
     return self.o(join(self.before(q @ k.transpose(-1, -2) / 2.0).softmax(-1) @ v))
@@ -237,7 +237,7 @@ def forward(self, x):
     },
     norms=("enter+norm+o",),
 )
-def forward(self, x):
+def _(self, x):
     """Swin's, with its table of biases by relative position: a head is a column of it."""
     x = self.enter(x)
     b, h, w, c = x.shape
@@ -250,7 +250,7 @@ def forward(self, x):
 
 
 @pattern("relative_bias_embedding", TOKENS, {"q+k+v+bias": 3}, lambda: {"bias": nn.Embedding(9, 3), **projections()})
-def forward(self, x):
+def _(self, x):
     """T5's: a table of buckets x heads, looked up by distance."""
     near = torch.arange(x.shape[1])[:, None] - torch.arange(x.shape[1]) + 4
     bias = self.bias(near).permute(2, 0, 1)[None]
@@ -259,14 +259,14 @@ def forward(self, x):
 
 
 @pattern("alibi", TOKENS, {"q+k+v+slopes": 3}, lambda: {"slopes": fixed(3, 1, 1), **projections()})
-def forward(self, x):
+def _(self, x):
     far = torch.arange(x.shape[1], dtype=x.dtype) * self.slopes
     q, k, v = split(self.q(x)), split(self.k(x)), split(self.v(x))
     return self.o(join((q @ k.transpose(-1, -2) / 2.0 + far).softmax(-1) @ v))
 
 
 @pattern("causal_mask_buffer", TOKENS, HEADS, lambda: {"mask": torch.ones(8, 8).tril().bool(), **projections()})
-def forward(self, x):
+def _(self, x):
     n = x.shape[1]
     q, k, v = split(self.q(x)), split(self.k(x)), split(self.v(x))
     scores = (q @ k.transpose(-1, -2) / 2.0).masked_fill(~self.mask[:n, :n], float("-inf"))
@@ -279,14 +279,14 @@ def forward(self, x):
     HEADS,
     projections,
 )
-def forward(self, x, mask):
+def _(self, x, mask):
     bias = torch.zeros(mask.shape, dtype=x.dtype).masked_fill(~mask, -1e9)[:, None, None]
     q, k, v = split(self.q(x)), split(self.k(x)), split(self.v(x))
     return self.o(join(F.scaled_dot_product_attention(q, k, v, attn_mask=bias)))
 
 
 @pattern("einsum_attention", TOKENS, HEADS, projections)
-def forward(self, x):
+def _(self, x):
     q, k, v = (part(x).unflatten(-1, (-1, 4)) for part in (self.q, self.k, self.v))
     weight = torch.einsum("bihd,bjhd->bhij", q, k).softmax(-1)
     return self.o(torch.einsum("bhij,bjhd->bihd", weight, v).flatten(2))
@@ -301,7 +301,7 @@ def forward(self, x):
     },
     loose=True,
 )
-def forward(self, x):
+def _(self, x):
     """Weights of three axes: width, head, size of a head."""
     q, k, v = (torch.einsum("bnc,chd->bhnd", x, weight) for weight in (self.q, self.k, self.v))
     y = torch.einsum("bhij,bhjd->bhid", torch.einsum("bhid,bhjd->bhij", q, k).softmax(-1), v)
@@ -309,7 +309,7 @@ def forward(self, x):
 
 
 @pattern("linear_attention", TOKENS, HEADS, projections, dims=DIMS, loose=True)
-def forward(self, x):
+def _(self, x):
     """Keys meet values first; no softmax, so that dimensions are exact as well."""
     q, k, v = (split(part(x), 3, -1) for part in (self.q, self.k, self.v))
     q, k = F.elu(q) + 1, F.elu(k) + 1
@@ -319,11 +319,11 @@ def forward(self, x):
 @pattern(
     "learned_queries",
     TOKENS,
-    HEADS,
+    {"queries": 7, **HEADS},
     lambda: {"queries": param(4, 7), **projections(), "q": nn.Linear(7, 12)},
 )
-def forward(self, x):
-    """DETR's and Perceiver's: queries are a parameter, whose channels no layer makes: they stay."""
+def _(self, x):
+    """DETR's and Perceiver's: queries are a parameter, whose channels `q` reads."""
     q = self.q(self.queries.expand(x.shape[0], -1, -1))
     return self.o(join(F.scaled_dot_product_attention(split(q), split(self.k(x)), split(self.v(x)))))
 
@@ -334,7 +334,7 @@ def forward(self, x):
     {"a": 7, "score": 5},
     lambda: {"a": nn.Linear(9, 7), "score": nn.Linear(7, 5), "one": nn.Linear(5, 1), "head": nn.Linear(7, 4)},
 )
-def forward(self, x):
+def _(self, x):
     x = F.relu(self.a(x))
     weight = self.one(torch.tanh(self.score(x))).softmax(1)
     return self.head((x * weight).sum(1))
@@ -355,7 +355,7 @@ def forward(self, x):
         "head": nn.Linear(7, 4),
     },
 )
-def forward(self, x, memory):
+def _(self, x, memory):
     x, memory = self.enter(x), F.relu(self.memory(memory))
     y = F.scaled_dot_product_attention(split(self.q(x)), split(self.k(memory)), split(self.v(memory)))
     return self.head(x + self.o(join(y)))

@@ -51,7 +51,7 @@ OF_A_BLOCK = {**RESIDUAL, "layer.attention.q_proj+layer.attention.k_proj+layer.a
     lambda: {"enter": nn.Linear(9, 5), "layer": Block(), "head": nn.Linear(5, 4)},
     norms=(next(iter(RESIDUAL)),),
 )
-def forward(self, x):
+def _(self, x):
     return self.head(self.layer(self.enter(x)))
 
 
@@ -62,7 +62,7 @@ def forward(self, x):
     lambda: {"enter": nn.Linear(9, 5), "layer": Block(), "head": nn.Linear(5, 4)},
     norms=(next(iter(RESIDUAL)),),
 )
-def forward(self, x):
+def _(self, x):
     """ALBERT's: one block, three times."""
     x = self.enter(x)
     for _ in range(3):
@@ -76,7 +76,7 @@ def forward(self, x):
     {"enter+attn.out_proj": 6, "attn.in_proj_weight": 3},
     lambda: {"enter": nn.Linear(9, 6), "attn": nn.MultiheadAttention(6, 3, batch_first=True), "head": nn.Linear(6, 4)},
 )
-def forward(self, x):
+def _(self, x):
     x = self.enter(x)
     return self.head(x + self.attn(x, x, x, need_weights=False)[0])
 
@@ -86,9 +86,10 @@ def forward(self, x):
     (fixed(5, 2, 9),),
     {"enter+attn.out_proj": 6, "attn.in_proj_weight": 3},
     lambda: {"enter": nn.Linear(9, 6), "attn": nn.MultiheadAttention(6, 3), "head": nn.Linear(6, 4)},
+    norms=("attn.in_proj_weight",),
     loose=True,
 )
-def forward(self, x):
+def _(self, x):
     """The weights that it gives are the mean over heads: of the heads that are left."""
     x = self.enter(x)
     y, weights = self.attn(x, x, x)
@@ -106,7 +107,7 @@ def forward(self, x):
     },
     loose=True,
 )
-def forward(self, x, memory):
+def _(self, x, memory):
     x = self.enter(x)
     return self.head(x + self.attn(x, memory, memory, need_weights=False)[0])
 
@@ -126,7 +127,7 @@ def forward(self, x, memory):
     },
     norms=("enter+block.self_attn.out_proj+block.linear2+block.norm1+block.norm2",),
 )
-def forward(self, x):
+def _(self, x):
     """In eval mode torch takes one fused operation for all of it, unless gradients are on."""
     return self.head(self.block(self.enter(x)))
 
@@ -147,12 +148,17 @@ class EncoderDecoder(nn.Module):
         return self.head(self.body(self.source(x), self.target(y), tgt_mask=mask, tgt_is_causal=True))
 
 
+# The decoder's cross-attention reads the target by its queries and the source by its keys and values, all of them rows of
+# one weight with one width: its columns make both residual streams one.
+STREAMS = (
+    "source+target+body.encoder.layers.0.linear2+body.decoder.layers.0.linear2+body.encoder.norm+body.decoder.norm"
+)
+
 add(
     "encoder_decoder_module",
     (TOKENS[0], fixed(2, 3, 4)),
     {
-        "source+body.encoder.layers.0.linear2+body.encoder.norm": 6,
-        "target+body.decoder.layers.0.linear2+body.decoder.norm": 6,
+        STREAMS: 6,
         "body.encoder.layers.0.self_attn.in_proj_weight": 3,
         "body.decoder.layers.0.self_attn.in_proj_weight": 3,
         "body.decoder.layers.0.multihead_attn.in_proj_weight": 3,
@@ -160,8 +166,5 @@ add(
         "body.decoder.layers.0.linear1": 7,
     },
     EncoderDecoder,
-    norms=(
-        "source+body.encoder.layers.0.linear2+body.encoder.norm",
-        "target+body.decoder.layers.0.linear2+body.decoder.norm",
-    ),
+    norms=(STREAMS,),
 )

@@ -13,7 +13,7 @@ from tests.graph.pattern import IMAGE, conv, fixed, param, pattern
 @pattern(
     "chain_flatten", IMAGE, {"a": 7, "b": 5}, lambda: {"a": conv(3, 7), "b": conv(7, 5), "head": nn.Linear(240, 6)}
 )
-def forward(self, x):
+def _(self, x):
     return self.head(F.relu(self.b(F.relu(self.a(x)))).flatten(1))
 
 
@@ -29,7 +29,7 @@ def forward(self, x):
         "head": nn.Linear(7, 6),
     },
 )
-def forward(self, x):
+def _(self, x):
     x = torch.sigmoid(self.norm(self.stem(x)))
     x = x + self.b(F.relu(self.a(x)))
     return self.head(x.mean((2, 3)))
@@ -47,7 +47,7 @@ def forward(self, x):
         "head": nn.Linear(4, 6),
     },
 )
-def forward(self, x):
+def _(self, x):
     y = torch.cat([x, self.a(x)], 1)
     z = self.norm(torch.cat([y, self.b(y)], 1))
     return self.head(self.c(F.relu(z)).mean((2, 3)))
@@ -59,18 +59,18 @@ def forward(self, x):
     {"a+c": 5, "b+c": 3},
     lambda: {"a": conv(3, 5), "b": conv(3, 3), "c": conv(3, 8), "head": conv(8, 4)},
 )
-def forward(self, x):
+def _(self, x):
     return self.head(F.relu(torch.cat([self.a(x), self.b(x)], 1) + self.c(x)))
 
 
 @pattern("cat_same_twice", IMAGE, {"a": 7}, lambda: {"a": conv(3, 7), "head": conv(14, 4)})
-def forward(self, x):
+def _(self, x):
     y = torch.tanh(self.a(x))
     return self.head(torch.cat([y, y.flip(2)], 1))
 
 
 @pattern("chunk_gate", IMAGE, {"a": 7}, lambda: {"a": conv(3, 14), "head": conv(7, 4)})
-def forward(self, x):
+def _(self, x):
     u, v = self.a(x).chunk(2, 1)
     return self.head(u * torch.sigmoid(v))
 
@@ -81,7 +81,7 @@ def forward(self, x):
     {"stem": 3, "a": 2},
     lambda: {"stem": conv(3, 9), "a": conv(9, 6, groups=3), "head": conv(6, 4)},
 )
-def forward(self, x):
+def _(self, x):
     return self.head(F.relu(self.a(F.relu(self.stem(x)))))
 
 
@@ -91,7 +91,7 @@ def forward(self, x):
     {"stem": 3, "a": 5},
     lambda: {"stem": conv(3, 6), "a": conv(6, 10, groups=2), "head": conv(10, 4)},
 )
-def forward(self, x):
+def _(self, x):
     return self.head(F.relu(self.a(F.relu(self.stem(x)))))
 
 
@@ -107,7 +107,7 @@ def forward(self, x):
         "head": nn.Linear(5, 6),
     },
 )
-def forward(self, x):
+def _(self, x):
     x = F.relu6(self.norm(self.a(F.hardswish(self.stem(x)))))
     return self.head(self.b(x).mean((2, 3)))
 
@@ -118,7 +118,7 @@ def forward(self, x):
     {"stem+a": 5},
     lambda: {"stem": conv(3, 5), "a": conv(5, 10, groups=5), "head": conv(10, 4)},
 )
-def forward(self, x):
+def _(self, x):
     """Output 2i and 2i + 1 read input i: one coupling has two channels of `a`."""
     return self.head(F.relu(self.a(self.stem(x))))
 
@@ -129,7 +129,7 @@ def forward(self, x):
     {"stem": 7, "up": 5},
     lambda: {"stem": conv(3, 7), "up": nn.ConvTranspose2d(7, 5, 2, stride=2), "head": conv(5, 4)},
 )
-def forward(self, x):
+def _(self, x):
     return self.head(F.silu(self.up(F.relu(self.stem(x)))))
 
 
@@ -139,7 +139,7 @@ def forward(self, x):
     {"stem": 3, "up": 5},
     lambda: {"stem": conv(3, 6), "up": nn.ConvTranspose2d(6, 10, 3, groups=2), "head": conv(10, 4)},
 )
-def forward(self, x):
+def _(self, x):
     return self.head(F.silu(self.up(F.relu(self.stem(x)))))
 
 
@@ -149,7 +149,7 @@ def forward(self, x):
     {"stem+up": 6},
     lambda: {"stem": conv(3, 6), "up": nn.ConvTranspose2d(6, 6, 3, groups=6), "head": conv(6, 4)},
 )
-def forward(self, x):
+def _(self, x):
     return self.head(F.silu(self.up(F.relu(self.stem(x)))))
 
 
@@ -159,7 +159,7 @@ def forward(self, x):
     {"a+up": 7, "down": 3},
     lambda: {"a": conv(3, 7), "down": conv(7, 3, 1), "up": conv(3, 7, 1), "head": conv(7, 4)},
 )
-def forward(self, x):
+def _(self, x):
     x = self.a(x)
     gate = self.up(F.relu(self.down(F.adaptive_avg_pool2d(x, 1))))
     return self.head(x * torch.sigmoid(gate))
@@ -168,7 +168,7 @@ def forward(self, x):
 @pattern(
     "prelu", IMAGE, {"a+act": 7}, lambda: {"a": conv(3, 7), "act": nn.PReLU(7), "one": nn.PReLU(), "head": conv(7, 4)}
 )
-def forward(self, x):
+def _(self, x):
     return self.head(self.one(self.act(self.a(x))))
 
 
@@ -178,7 +178,7 @@ def forward(self, x):
     {"a": 5, "b": 7, "c": 4},
     lambda: {"a": conv(3, 5), "b": conv(5, 7), "c": conv(12, 4), "head": conv(4, 2)},
 )
-def forward(self, x):
+def _(self, x):
     a = F.relu(self.a(x))
     b = F.interpolate(self.b(F.max_pool2d(a, 2)), scale_factor=2.0, mode="bilinear")
     return self.head(F.relu(self.c(torch.cat([b, F.dropout(a, training=self.training)], 1))))
@@ -187,7 +187,7 @@ def forward(self, x):
 @pattern(
     "permute_linear", IMAGE, {"a": 7, "mix": 5}, lambda: {"a": conv(3, 7), "mix": nn.Linear(7, 5), "head": conv(5, 4)}
 )
-def forward(self, x):
+def _(self, x):
     x = self.mix(self.a(x).permute(0, 2, 3, 1))
     return self.head(F.relu(x).permute(0, 3, 1, 2))
 
@@ -198,13 +198,13 @@ def forward(self, x):
     {"a": 7, "mix": 5},
     lambda: {"a": conv(3, 7, 2, stride=2, padding=0), "mix": nn.Linear(7, 5), "head": nn.Linear(5, 4)},
 )
-def forward(self, x):
+def _(self, x):
     x = self.a(x).flatten(2).transpose(1, 2)
     return self.head(F.gelu(self.mix(x)))
 
 
 @pattern("shared_conv", IMAGE, {"stem+same": 7}, lambda: {"stem": conv(3, 7), "same": conv(7, 7), "head": conv(7, 4)})
-def forward(self, x):
+def _(self, x):
     return self.head(F.relu(self.same(F.relu(self.same(self.stem(x))))))
 
 
@@ -221,7 +221,7 @@ def forward(self, x):
         "head": conv(4, 2),
     },
 )
-def forward(self, x):
+def _(self, x):
     low = F.relu(self.low(x))
     high = F.relu(self.high(low))
     return [self.head(F.relu(self.hidden(level))) for level in (self.p3(low), self.p4(high))]
@@ -233,7 +233,7 @@ def forward(self, x):
     {"stem+a+gamma": 7},
     lambda: {"stem": conv(3, 7), "a": conv(7, 7), "gamma": param(7, 1, 1), "head": conv(7, 4)},
 )
-def forward(self, x):
+def _(self, x):
     x = self.stem(x)
     return self.head(x + self.gamma * F.relu(self.a(x)))
 
@@ -244,7 +244,7 @@ def forward(self, x):
     {"stem": 5, "a": 7},
     lambda: {"stem": conv(3, 5), "a": conv(5, 7).requires_grad_(False), "head": conv(7, 4)},
 )
-def forward(self, x):
+def _(self, x):
     """`requires_grad=False` says that it is not trained, not that it is not cut."""
     return self.head(F.relu(self.a(F.relu(self.stem(x)))))
 
@@ -255,13 +255,13 @@ def forward(self, x):
     {"stem+a": 7},
     lambda: {"stem": conv(3, 7), "a": conv(7, 7).requires_grad_(False), "head": conv(7, 4)},
 )
-def forward(self, x):
+def _(self, x):
     x = F.relu(self.stem(x))
     return self.head(F.relu(x + self.a(x)))
 
 
 @pattern("stack_sum", IMAGE, {"a+b": 7}, lambda: {"a": conv(3, 7), "b": conv(3, 7), "head": conv(7, 4)})
-def forward(self, x):
+def _(self, x):
     return self.head(torch.stack([self.a(x), self.b(x)]).sum(0))
 
 
@@ -271,7 +271,7 @@ def forward(self, x):
     {"enter+b": 5, "a": 3, "leave": 4},
     lambda: {"enter": conv(3, 10, 1), "a": conv(5, 3), "b": conv(3, 5), "leave": conv(15, 4, 1), "head": conv(4, 2)},
 )
-def forward(self, x):
+def _(self, x):
     parts = list(F.silu(self.enter(x)).chunk(2, 1))
     parts.append(parts[-1] + self.b(F.silu(self.a(parts[-1]))))
     return self.head(F.silu(self.leave(torch.cat(parts, 1))))
@@ -293,7 +293,7 @@ def forward(self, x):
         "head": conv(7, 2, 1),
     },
 )
-def forward(self, x):
+def _(self, x):
     parts = list(F.silu(self.enter(x)).chunk(2, 1))
     parts.append(parts[-1] + self.b1(F.silu(self.a1(parts[-1]))))
     parts.append(parts[-1] + self.b2(F.silu(self.a2(parts[-1]))))
@@ -309,12 +309,12 @@ def forward(self, x):
     {"kernel+bias": 7, "a": 5},
     lambda: {"kernel": param(7, 3, 3, 3), "bias": param(7), "a": conv(7, 5), "head": conv(5, 4)},
 )
-def forward(self, x):
+def _(self, x):
     return self.head(F.relu(self.a(F.relu(F.conv2d(x, self.kernel, self.bias, padding=1)))))
 
 
 @pattern("nonzero_act", IMAGE, {"a+norm": 7}, lambda: {"a": conv(3, 7), "norm": nn.BatchNorm2d(7), "head": conv(7, 4)})
-def forward(self, x):
+def _(self, x):
     """sigmoid(0), cos(0) and the norm's shift are not zero: a zeroed channel is not one that is gone."""
     return self.head(torch.cos(torch.sigmoid(self.norm(self.a(x)))) + 1)
 
@@ -330,7 +330,7 @@ def forward(self, x):
         "head": nn.Linear(5, 4),
     },
 )
-def forward(self, x):
+def _(self, x):
     x = F.avg_pool1d(F.relu(self.b(F.leaky_relu(self.norm(self.a(x))))), 2)
     return self.head(x.amax(-1))
 
@@ -347,7 +347,7 @@ def forward(self, x):
         "head": nn.Conv3d(4, 2, 1),
     },
 )
-def forward(self, x):
+def _(self, x):
     x = F.elu(self.b(F.max_pool3d(F.relu(self.norm(self.a(x))), (1, 2, 2))))
     return self.head(F.softplus(self.up(x)))
 
@@ -358,12 +358,12 @@ def forward(self, x):
     {"a": 7, "up": 5},
     lambda: {"a": nn.Conv1d(3, 7, 3), "up": nn.ConvTranspose1d(7, 5, 4, stride=2), "head": nn.Conv1d(5, 2, 1)},
 )
-def forward(self, x):
+def _(self, x):
     return self.head(F.mish(self.up(F.relu(self.a(x)))))
 
 
 @pattern("bilinear_product", IMAGE, {"a+b": 7}, lambda: {"a": conv(3, 7), "b": conv(3, 7), "head": conv(7, 4)})
-def forward(self, x):
+def _(self, x):
     return self.head(self.a(x) * torch.tanh(self.b(x)) / (1 + self.a(x).abs()))
 
 
@@ -373,7 +373,7 @@ def forward(self, x):
     {"a": 7, "hidden": 5},
     lambda: {"a": conv(3, 7), "hidden": nn.Linear(7, 5), "head": nn.Linear(5, 4)},
 )
-def forward(self, x):
+def _(self, x):
     x = F.adaptive_max_pool2d(F.relu(self.a(x)), 1)
     return self.head(F.relu(self.hidden(x.view(x.size(0), -1))))
 
@@ -391,7 +391,7 @@ def forward(self, x):
         "head": conv(7, 4),
     },
 )
-def forward(self, x):
+def _(self, x):
     x = self.act(self.norm(self.a(x)))
     y = self.hard(self.b(x))
     y += x

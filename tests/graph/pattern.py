@@ -62,6 +62,7 @@ def pattern(
     """Registers the function below it as the forward of a network of `parts`."""
 
     def register(forward: Callable[..., Any]) -> Callable[..., Any]:
+        forward.__code__ = forward.__code__.replace(co_name="forward")  # where torch notes the line of an operation
         kind = type(name, (Net,), {"forward": forward, "__module__": forward.__module__})
         add(name, inputs, groups, lambda: kind(parts()), **facts)
         return forward

@@ -14,20 +14,20 @@ BOTH_WAYS = {f"rnn.weight_ih_{name}": 7 for name in ("l0", "l0_reverse", "l1", "
 
 
 @pattern("lstm", TOKENS, {"rnn": 7}, lambda: {"rnn": nn.LSTM(9, 7, batch_first=True), "head": nn.Linear(7, 4)})
-def forward(self, x):
+def _(self, x):
     """Unit i is rows i, 7 + i, 14 + i and 21 + i of the weights, column i of weight_hh."""
     return self.head(self.rnn(x)[0])
 
 
 @pattern("gru", TOKENS, {"rnn": 7}, lambda: {"rnn": nn.GRU(9, 7, batch_first=True), "head": nn.Linear(7, 4)})
-def forward(self, x):
+def _(self, x):
     return self.head(self.rnn(x)[0][:, -1])
 
 
 @pattern(
     "rnn_tanh", TOKENS, {"rnn": 7}, lambda: {"rnn": nn.RNN(9, 7, batch_first=True), "head": nn.Linear(7, 4)}, loose=True
 )
-def forward(self, x):
+def _(self, x):
     return self.head(self.rnn(x)[1][0])
 
 
@@ -38,7 +38,7 @@ def forward(self, x):
     lambda: {"rnn": nn.LSTM(9, 7, num_layers=2, bias=False), "head": nn.Linear(7, 4)},
     loose=True,
 )
-def forward(self, x):
+def _(self, x):
     """A module has one hidden size: as such both layers lose as many, or all are cut by the same index."""
     return self.head(self.rnn(x)[0])
 
@@ -50,7 +50,7 @@ def forward(self, x):
     lambda: {"rnn": nn.LSTM(9, 7, num_layers=2, bidirectional=True, batch_first=True), "head": nn.Linear(14, 4)},
     loose=True,
 )
-def forward(self, x):
+def _(self, x):
     out, (h, _) = self.rnn(x)
     return self.head(out + torch.cat([h[-2], h[-1]], -1)[:, None])
 
@@ -62,7 +62,7 @@ def forward(self, x):
     lambda: {"rnn": nn.GRU(9, 7, num_layers=2, batch_first=True), "head": nn.Linear(7, 4)},
     loose=True,
 )
-def forward(self, x):
+def _(self, x):
     return self.head(self.rnn(x)[1][-1])
 
 
@@ -73,7 +73,7 @@ def forward(self, x):
     lambda: {"rnn": nn.GRU(9, 7, num_layers=2, bidirectional=True, batch_first=True), "head": nn.Linear(14, 4)},
     loose=True,
 )
-def forward(self, x):
+def _(self, x):
     return self.head(torch.relu(self.rnn(x)[0]))
 
 
@@ -88,7 +88,7 @@ def forward(self, x):
         "head": nn.Linear(5, 4),
     },
 )
-def forward(self, x):
+def _(self, x):
     return self.head(F.relu(self.b(self.rnn(F.relu(self.a(x)))[0])))
 
 
@@ -98,7 +98,7 @@ def forward(self, x):
     {"a+rnn": 7},
     lambda: {"a": nn.Linear(9, 7), "rnn": nn.LSTM(7, 7, batch_first=True), "head": nn.Linear(7, 4)},
 )
-def forward(self, x):
+def _(self, x):
     x = self.a(x)
     return self.head(x + self.rnn(x)[0])
 
@@ -114,7 +114,7 @@ def forward(self, x):
         "head": nn.Linear(7, 4),
     },
 )
-def forward(self, x, y):
+def _(self, x, y):
     return self.head(self.rnn(x, (torch.tanh(self.h(y))[None], self.c(y)[None]))[0])
 
 
@@ -125,12 +125,12 @@ def forward(self, x, y):
     lambda: {"rnn": nn.LSTM(9, 7, proj_size=5, batch_first=True), "head": nn.Linear(5, 4)},
     loose=True,
 )
-def forward(self, x):
+def _(self, x):
     return self.head(self.rnn(x)[0])
 
 
 @pattern("gru_cell", TOKENS, {"cell": 7}, lambda: {"cell": nn.GRUCell(9, 7), "head": nn.Linear(7, 4)}, loose=True)
-def forward(self, x):
+def _(self, x):
     h = x.new_zeros(x.shape[0], 7)
     for step in x.unbind(1):
         h = self.cell(step, h)

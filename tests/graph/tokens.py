@@ -16,25 +16,25 @@ from tests.graph.pattern import IMAGE, TOKENS, WORDS, conv, fixed, param, patter
     {"a": 7, "b": 5},
     lambda: {"a": nn.Linear(9, 7), "b": nn.Linear(7, 5, bias=False), "head": nn.Linear(5, 4)},
 )
-def forward(self, x):
+def _(self, x):
     return self.head(torch.tanh(self.b(F.relu(self.a(x)))))
 
 
 @pattern(
     "swiglu", TOKENS, {"gate+up": 7}, lambda: {"gate": nn.Linear(9, 7), "up": nn.Linear(9, 7), "down": nn.Linear(7, 9)}
 )
-def forward(self, x):
+def _(self, x):
     return self.down(F.silu(self.gate(x)) * self.up(x))
 
 
 @pattern("swiglu_fused_chunk", TOKENS, {"both": 7}, lambda: {"both": nn.Linear(9, 14), "down": nn.Linear(7, 9)})
-def forward(self, x):
+def _(self, x):
     gate, up = self.both(x).chunk(2, -1)
     return self.down(F.silu(gate) * up)
 
 
 @pattern("glu", TOKENS, {"both": 7}, lambda: {"both": nn.Linear(9, 14), "down": nn.Linear(7, 9)})
-def forward(self, x):
+def _(self, x):
     return self.down(F.glu(self.both(x)))
 
 
@@ -52,7 +52,7 @@ def forward(self, x):
     },
     norms=("enter+norm+b+last",),
 )
-def forward(self, x):
+def _(self, x):
     x = self.enter(x)
     x = x + self.b(F.gelu(self.a(self.norm(x))))
     return self.head(self.last(x))
@@ -65,7 +65,7 @@ def forward(self, x):
     lambda: {"enter": nn.Linear(9, 5), "norm": nn.LayerNorm(5, elementwise_affine=False), "head": nn.Linear(5, 4)},
     norms=("enter",),
 )
-def forward(self, x):
+def _(self, x):
     """No tensor says how wide the norm is: `normalized_shape` must follow."""
     return self.head(self.norm(self.enter(x)))
 
@@ -77,7 +77,7 @@ def forward(self, x):
     lambda: {"enter": nn.Linear(9, 5), "norm": nn.RMSNorm(5), "head": nn.Linear(5, 4)},
     norms=("enter+norm",),
 )
-def forward(self, x):
+def _(self, x):
     return self.head(self.norm(self.enter(x)))
 
 
@@ -88,7 +88,7 @@ def forward(self, x):
     lambda: {"enter": nn.Linear(9, 5), "scale": param(5), "head": nn.Linear(5, 4)},
     norms=("enter+scale",),
 )
-def forward(self, x):
+def _(self, x):
     """Llama's, with its cast to float32 inside."""
     x = self.enter(x)
     y = x.to(torch.float32)
@@ -103,7 +103,7 @@ def forward(self, x):
     lambda: {"width": 5, "enter": nn.Linear(9, 5), "scale": param(5), "head": nn.Linear(5, 4)},
     norms=("enter+scale",),
 )
-def forward(self, x):
+def _(self, x):
     """The norm of all channels times the root of a width that is an attribute: which is a number, not a size."""
     return self.head(F.normalize(self.enter(x), dim=-1) * self.width**0.5 * self.scale)
 
@@ -123,7 +123,7 @@ def forward(self, x):
     },
     norms=("enter+norm+c2",),
 )
-def forward(self, x):
+def _(self, x):
     """Tokens are mixed by linear layers on the transpose: their ends are the tokens, which stay."""
     x = self.enter(x)
     x = x + self.t2(F.gelu(self.t1(self.norm(x).transpose(1, 2)))).transpose(1, 2)
@@ -138,7 +138,7 @@ def forward(self, x):
     lambda: {"both": nn.Linear(9, 12), "norm": nn.LayerNorm(6), "mix": nn.Linear(5, 5), "down": nn.Linear(6, 9)},
     norms=("both+norm",),
 )
-def forward(self, x):
+def _(self, x):
     u, v = self.both(x).chunk(2, -1)
     return self.down(u * self.mix(self.norm(v).transpose(1, 2)).transpose(1, 2))
 
@@ -150,7 +150,7 @@ def forward(self, x):
     lambda: {"a": nn.Linear(9, 7), "norm": nn.BatchNorm1d(5), "head": nn.Linear(7, 4)},
     loose=True,
 )
-def forward(self, x):
+def _(self, x):
     """The norm's channels are the tokens here; a channel of `a` passes through it."""
     return self.head(self.norm(self.a(x)))
 
@@ -161,7 +161,7 @@ def forward(self, x):
     {"a+norm": 7},
     lambda: {"a": nn.Linear(9, 7), "norm": nn.BatchNorm1d(7, affine=False), "head": nn.Linear(7, 4)},
 )
-def forward(self, x):
+def _(self, x):
     return self.head(F.relu(self.norm(self.a(x))))
 
 
@@ -178,14 +178,14 @@ def forward(self, x):
     },
     norms=("patch+cls+pos+norm",),
 )
-def forward(self, x):
+def _(self, x):
     x = self.patch(x).flatten(2).transpose(1, 2)
     x = torch.cat([self.cls.expand(x.shape[0], -1, -1), x], 1) + self.pos
     return self.head(self.norm(x)[:, 0])
 
 
 @pattern("tied_embedding", WORDS, {"words+mix": 7}, lambda: tied(), frozen={"words.weight": "embedding|output"})
-def forward(self, x):
+def _(self, x):
     """The output layer's weight is the embedding: one parameter, one axis of it words, the other cut once."""
     x = self.words(x)
     return self.head(x + torch.tanh(self.mix(x)))
@@ -203,7 +203,7 @@ def tied():
     {"words+back": 5, "up": 7},
     lambda: {**tied_narrow(), "up": nn.Linear(5, 7), "back": nn.Linear(7, 5)},
 )
-def forward(self, x):
+def _(self, x):
     """ALBERT's and OPT's: the embedding is narrower than the network, and the output layer is the embedding again."""
     return self.head(torch.tanh(self.back(F.gelu(self.up(self.words(x))))))
 
@@ -215,7 +215,7 @@ def tied_narrow():
 
 
 @pattern("tied_in_code", WORDS, {"words+mix": 7}, lambda: {"words": nn.Embedding(11, 7), "mix": nn.Linear(7, 7)})
-def forward(self, x):
+def _(self, x):
     x = self.words(x)
     return F.linear(x + torch.tanh(self.mix(x)), self.words.weight)
 
@@ -234,7 +234,7 @@ def forward(self, x):
     },
     norms=("words+places+kinds+norm",),
 )
-def forward(self, x):
+def _(self, x):
     """BERT's: words, positions by a buffer of indices, and a row of a table of kinds."""
     y = self.words(x) + self.places(self.ids[:, : x.shape[1]]) + self.kinds[1]
     return self.head(self.norm(y))
@@ -246,7 +246,7 @@ def forward(self, x):
     {"a+waves": 6},
     lambda: {"a": nn.Linear(9, 6), "waves": fixed(1, 8, 6), "head": nn.Linear(6, 4)},
 )
-def forward(self, x):
+def _(self, x):
     """A table of positions in a buffer, longer than the sequence."""
     return self.head(torch.tanh(self.a(x) + self.waves[:, : x.shape[1]]))
 
@@ -257,7 +257,7 @@ def forward(self, x):
     {"enter+b": 5, "a": 7},
     lambda: {"enter": nn.Linear(3, 5), "a": nn.Linear(5, 7), "b": nn.Linear(7, 5), "head": nn.Linear(5, 4)},
 )
-def forward(self, x):
+def _(self, x):
     x = self.enter(x)
     b, h, w, c = x.shape
     y = x.view(b, h // 2, 2, w // 2, 2, c).permute(0, 1, 3, 2, 4, 5).reshape(-1, 4, c)
@@ -272,7 +272,7 @@ def forward(self, x):
     {"enter+a": 5},
     lambda: {"enter": nn.Linear(3, 5), "a": nn.Linear(5, 5), "head": nn.Linear(5, 4)},
 )
-def forward(self, x):
+def _(self, x):
     """Rolled over space, never over channels."""
     x = self.enter(x)
     y = torch.roll(x, shifts=(-1, -1), dims=(1, 2))
@@ -291,7 +291,7 @@ def forward(self, x):
     },
     norms=("enter+norm",),
 )
-def forward(self, x):
+def _(self, x):
     """Swin's: coupling i is four positions of the norm and of `reduce`."""
     x = self.enter(x)
     parts = [x[:, 0::2, 0::2], x[:, 1::2, 0::2], x[:, 0::2, 1::2], x[:, 1::2, 1::2]]

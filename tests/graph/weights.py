@@ -18,7 +18,7 @@ from tests.graph.pattern import IMAGE, TOKENS, conv, fixed, param, pattern
     lambda: {"a": weight_norm(conv(3, 7)), "b": weight_norm(conv(7, 5)), "head": conv(5, 4)},
     loose=True,
 )
-def forward(self, x):
+def _(self, x):
     """The old one, by a hook. A row's norm runs over its inputs: cutting inputs of `b` would change its rows."""
     return self.head(F.relu(self.b(F.relu(self.a(x)))))
 
@@ -34,7 +34,7 @@ def forward(self, x):
     },
     loose=True,
 )
-def forward(self, x):
+def _(self, x):
     return self.head(F.relu(self.b(F.relu(self.a(x)))))
 
 
@@ -45,7 +45,7 @@ def forward(self, x):
     lambda: {"a": parametrizations.spectral_norm(conv(3, 7)), "head": conv(7, 4)},
     loose=True,
 )
-def forward(self, x):
+def _(self, x):
     """The norm is of the whole weight."""
     return self.head(F.relu(self.a(x)))
 
@@ -67,7 +67,7 @@ def squashed(layer):
     lambda: {"a": squashed(nn.Linear(9, 7)), "b": squashed(nn.Linear(7, 5)), "head": nn.Linear(5, 4)},
     loose=True,
 )
-def forward(self, x):
+def _(self, x):
     return self.head(F.relu(self.b(F.relu(self.a(x)))))
 
 
@@ -79,7 +79,7 @@ def forward(self, x):
     norms=("a",),
     loose=True,
 )
-def forward(self, x):
+def _(self, x):
     """BiT's: each row of the weight loses its mean over the inputs, which a cut of inputs changes."""
     weight = (self.b - self.b.mean((1, 2, 3), keepdim=True)) / (self.b.std((1, 2, 3), keepdim=True) + 1e-5)
     return self.head(F.relu(F.conv2d(F.relu(self.a(x)), weight, padding=1)))
@@ -92,7 +92,7 @@ def forward(self, x):
     lambda: {"a": conv(3, 7), "make": nn.Linear(7, 9), "head": conv(1, 4)},
     loose=True,
 )
-def forward(self, x):
+def _(self, x):
     """A kernel per image, made by a linear layer and used by one grouped convolution over the batch."""
     a = F.relu(self.a(x))
     kernel = self.make(a.mean((2, 3))).view(x.shape[0], 1, 3, 3)
@@ -107,7 +107,7 @@ def forward(self, x):
     lambda: {"a": conv(3, 7), "mix": nn.Linear(3, 2), "bank": param(2, 5, 7, 3, 3), "head": conv(5, 4)},
     loose=True,
 )
-def forward(self, x):
+def _(self, x):
     """CondConv's: a kernel is a weighted sum of kernels."""
     gate = self.mix(x.mean((0, 2, 3))).softmax(-1)
     kernel = (gate[:, None, None, None, None] * self.bank).sum(0)
@@ -121,12 +121,12 @@ def forward(self, x):
     lambda: {"a": nn.Linear(9, 7), "mask": (fixed(4, 7) > 0).float(), "weight": param(4, 7)},
     loose=True,
 )
-def forward(self, x):
+def _(self, x):
     return F.linear(F.relu(self.a(x)), self.weight * self.mask)
 
 
 @pattern("weight_transposed_in_code", TOKENS, {"a": 7}, lambda: {"a": nn.Linear(9, 7), "back": nn.Linear(7, 9)})
-def forward(self, x):
+def _(self, x):
     """An autoencoder with tied weights: the decoder is the encoder's transpose, beside a layer of its own."""
     y = torch.sigmoid(self.a(x))
     return F.linear(y, self.a.weight.t()) + self.back(y)
@@ -139,7 +139,7 @@ def forward(self, x):
     lambda: {"w": param(7, 9), "head": nn.Linear(4, 4), "tail": nn.Linear(3, 4)},
     loose=True,
 )
-def forward(self, x):
+def _(self, x):
     return self.head(F.relu(F.linear(x, self.w[:4]))) + self.tail(F.relu(F.linear(x, self.w[4:])))
 
 
@@ -154,14 +154,14 @@ def forward(self, x):
         "up": nn.Linear(2, 4, bias=False),
     },
 )
-def forward(self, x):
+def _(self, x):
     """LoRA beside a frozen layer: its rank is a group like any other."""
     x = F.relu(self.a(x))
     return self.base(x) + self.up(self.down(x)) * 0.5
 
 
 @pattern("tied_layers", TOKENS, {"enter+a+b": 7}, lambda: tied_layers())
-def forward(self, x):
+def _(self, x):
     """Two layers hold one weight and biases of their own."""
     x = self.enter(x)
     return self.head(F.relu(self.b(F.relu(self.a(x)))))
@@ -179,7 +179,7 @@ def tied_layers():
     {"a": 7, "c": 5},
     lambda: {"a": nn.Linear(9, 7), "c": nn.Linear(7, 5), "head": nn.Linear(5, 4), "tail": nn.Linear(7, 4)},
 )
-def forward(self, x):
+def _(self, x):
     """The second call of `a` is read by another layer: both readers lose the column."""
     return self.head(F.relu(self.c(F.relu(self.a(x))))) + self.tail(F.relu(self.a(x * 2)))
 
@@ -191,7 +191,7 @@ def forward(self, x):
     lambda: {"a": nn.Linear(9, 7), "head": nn.Linear(7, 4), "shift": param(4)},
     frozen={"head.weight": "output"},
 )
-def forward(self, x):
+def _(self, x):
     return self.head(F.relu(self.a(x))) * self.shift
 
 
@@ -207,7 +207,7 @@ def forward(self, x):
         "head": nn.Linear(5, 4),
     },
 )
-def forward(self, x):
+def _(self, x):
     """One number for all channels: it stays and couples nothing."""
     return self.head(torch.sigmoid(self.scale * self.b(F.relu(self.a(x)) * self.gate)))
 
@@ -218,7 +218,7 @@ def forward(self, x):
     {"a": 7},
     lambda: {"a": nn.Linear(9, 7), "idle": param(7, 3), "count": torch.tensor(3), "head": nn.Linear(7, 4)},
 )
-def forward(self, x):
+def _(self, x):
     return self.head(F.relu(self.a(x)))
 
 
@@ -232,7 +232,7 @@ def forward(self, x):
         "bank": nn.ParameterList([param(4, 6), param(4)]),
     },
 )
-def forward(self, x):
+def _(self, x):
     for layer in self.layers:
         x = F.relu(layer(x))
     return F.linear(F.relu(self.named["last"](x)), *self.bank)
