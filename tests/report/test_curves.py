@@ -29,6 +29,14 @@ def test_a_series_that_was_not_recorded_has_no_panel() -> None:
     assert titles(run([{"step": 1}, {"loss": 3.0}])) == {} and titles({}) == {}
 
 
+def test_what_distillation_makes_of_the_loss_has_a_panel_of_its_own() -> None:
+    history = [{"step": s, "loss": 30.0 / s, "distill_loss": 20.0 / s} for s in range(1, 30)]
+    found = titles(run(history))
+    assert list(found) == ["loss", "distillation loss"]
+    assert found["distillation loss"] == "from 20 to 0.6897; logarithmic"
+    assert list(titles(run([{"step": 1, "loss": 2.0}]))) == ["loss"]
+
+
 def test_the_deepest_dip_at_a_mask_update_is_named() -> None:
     """Oracle: the dips are put there by hand; the deeper fall at step 45 has no mask update and must not count."""
     history = [{"step": s, "sparsity": 0.1 * (s // 10), "metric": 0.97} for s in range(5, 60, 5)]

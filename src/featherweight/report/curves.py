@@ -24,10 +24,11 @@ _LABELS: dict[str, Callable[[float], str]] = {
     "sparsity": lambda value: f"{value * 100:.0f} %",
     "metric": words.figure,
     "loss": lambda value: f"{value:.3g}",
+    "distill_loss": lambda value: f"{value:.3g}",
     "lr": lambda value: f"{value:.3g}",
 }
 MOST_RULES = 80  # more rules than this are a grey wall
-KEYS = ("sparsity", "metric", "loss", "lr")
+KEYS = ("sparsity", "metric", "loss", "distill_loss", "lr")
 
 
 @dataclass(frozen=True)
@@ -117,7 +118,7 @@ def _panel(
     key: str, series: _Series, known: Sequence[float], metric: str, x: charts.Axis, rules: Sequence[float], limit: int
 ) -> tuple[str, str, str]:
     points = charts.thin(series.points[key], limit)
-    title = {"metric": metric, "lr": "learning rate"}.get(key, key)
+    title = {"metric": metric, "lr": "learning rate", "distill_loss": "distillation loss"}.get(key, key)
     first, last = known[0], known[-1]
     say = {"sparsity": words.percent, "metric": words.metric}.get(key, words.figure)
     sentence = f"from {say(first)} to {say(last)}"
@@ -127,7 +128,7 @@ def _panel(
     mark = None
     if key == "sparsity":
         y = charts.Axis(0.0, 1.0, (0.0, 0.5, 1.0))
-    elif key == "loss":
+    elif key in ("loss", "distill_loss"):
         y = charts.axis_for(known, ticks=3, log=min(known) > 0 and max(known) > 20 * min(known))
         sentence += "; logarithmic" if y.log else ""
     else:
@@ -144,7 +145,7 @@ def _panel(
         points=points,
         y=y,
         text=_LABELS[key],
-        kind=key,
+        kind="loss" if key == "distill_loss" else key,
         step=key in ("sparsity", "lr"),
         fill=key == "sparsity",
         dots=key == "metric" and len(points) <= 80,
