@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from featherweight.budget import Iterative, Until
     from featherweight.deploy import export_onnx
     from featherweight.distill import CIRKD, CWD, KL, Attention, Distill, Features
-    from featherweight.edits import apply
+    from featherweight.edits import Cut, Verified, apply, cut, verify
     from featherweight.factorize import Factorize
     from featherweight.measure import Scorecard, count
     from featherweight.plan import Attribute, Factor, FakeQuant, Plan, Slice, Swap, Tie
@@ -34,6 +34,7 @@ __all__ = [
     "Apply",
     "Attention",
     "Attribute",
+    "Cut",
     "Distill",
     "Factor",
     "Factorize",
@@ -54,13 +55,16 @@ __all__ = [
     "Tie",
     "Train",
     "Until",
+    "Verified",
     "apply",
     "compress",
     "count",
+    "cut",
     "export_onnx",
     "load",
     "load_recipe",
     "save",
+    "verify",
 ]
 
 _HOMES = {
@@ -69,7 +73,7 @@ _HOMES = {
     "run": ("Apply", "Result", "compress"),
     "deploy": ("export_onnx",),
     "distill": ("CIRKD", "CWD", "KL", "Attention", "Distill", "Features"),
-    "edits": ("apply",),
+    "edits": ("Cut", "Verified", "apply", "cut", "verify"),
     "factorize": ("Factorize",),
     "measure": ("Scorecard", "count"),
     "plan": ("Attribute", "Factor", "FakeQuant", "Plan", "Slice", "Swap", "Tie"),

@@ -19,6 +19,7 @@ from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
 from featherweight.edits.effective import find_effective, is_computed, put, reshape_in_place
+from featherweight.edits.self_attention import SelfAttention
 from featherweight.edits.swap import Attention
 from featherweight.errors import EditError
 from featherweight.plan import Slice
@@ -163,7 +164,24 @@ def _attention_sizes(model: nn.Module, tensor: Tensor, edit: Slice) -> list[tupl
                     changes.append(
                         (module, {size: len(edit.keep) // left} | ({"num_heads": left} if part == "q" else {}))
                     )
+        if isinstance(module, SelfAttention) and edit.axis == 0:
+            fused = module.get_submodule(module.fused_name)
+            if getattr(fused, "weight", None) is tensor:
+                changes.append((module, _fused_sizes(module, edit)))
     return changes
+
+
+def _fused_sizes(module: SelfAttention, edit: Slice) -> dict[str, Any]:
+    """Whole heads may go, with all their queries, keys and values, and the same number of positions in each that stays."""
+    kept = Counter(module.part_and_head(row) for row in edit.keep)
+    heads = {head for _, head in kept}
+    sizes = {part: {kept[part, head] for head in heads} for part in ("q", "k", "v")}
+    if any(len(size) > 1 for size in sizes.values()) or sizes["q"] != sizes["k"] or {0} in sizes.values():
+        raise EditError(
+            f"{edit.tensor}: {_short(edit.keep)} does not keep the same number of queries, keys and values in each "
+            f"attention head that it keeps; there are {module.num_heads} heads."
+        )
+    return {"num_heads": len(heads), "qk_size": sizes["q"].pop(), "v_size": sizes["v"].pop()}
 
 
 def _short(keep: tuple[int, ...]) -> str:

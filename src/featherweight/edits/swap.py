@@ -15,6 +15,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from featherweight.edits.find import find_replaceable, replace_module
+from featherweight.edits.self_attention import read_self_attention
+from featherweight.edits.skip import skip, skip_tuple
 from featherweight.errors import EditError, OptionError, nearest
 from featherweight.plan import Swap
 
@@ -123,7 +125,12 @@ def _mask(attn_mask: Tensor | None, padding: Tensor | None, q: Tensor) -> Tensor
     return bias
 
 
-SWAPS: dict[str, tuple[type[nn.Module], Callable[..., nn.Module]]] = {"attention": (nn.MultiheadAttention, Attention)}
+SWAPS: dict[str, tuple[type[nn.Module], Callable[..., nn.Module]]] = {
+    "attention": (nn.MultiheadAttention, Attention),
+    "self_attention": (nn.Module, read_self_attention),
+    "skip": (nn.Module, skip),
+    "skip_tuple": (nn.Module, skip_tuple),
+}
 
 
 def apply_swap(model: nn.Module, edit: Swap) -> None:
@@ -134,10 +141,14 @@ def apply_swap(model: nn.Module, edit: Swap) -> None:
         )
     takes, make = SWAPS[edit.to]
     old = find_replaceable(model, edit.layer)
-    if type(old) is not takes:
+    if takes is not nn.Module and type(old) is not takes:
         raise EditError(f"{edit.layer} is a {type(old).__name__}; {edit.to!r} takes the place of {takes.__name__}.")
     _check_attention(model, old, edit.layer)
-    replace_module(model, old, make(old))
+    try:
+        new = make(old)
+    except EditError as error:
+        raise EditError(f"{edit.layer}: {error}") from error
+    replace_module(model, old, new)
 
 
 def _check_attention(model: nn.Module, old: nn.Module, name: str) -> None:

@@ -1,0 +1,224 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One forward in which every floating-point operation runs in float64, whatever the model's code casts to.
+
+Seen at the level of ATen operations, so that hand-written code and torch's own modules are treated alike. The same
+watch records statistics over an axis (the mean and deviation of a LayerNorm, the mean of squares in a hand-written
+RMSNorm) in the order of calls, and in a later run puts the recorded ones in the place of its own: what a norm over
+channels does to a channel is then the same whether others were set to zero or cut off.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import sys
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_map, tree_map_only
+
+from featherweight.errors import EditError
+
+__all__ = ["Exact", "Statistic", "double", "run"]
+
+_ATEN = torch.ops.aten
+_WIDE = {
+    torch.float16: torch.float64,
+    torch.bfloat16: torch.float64,
+    torch.float32: torch.float64,
+    torch.complex32: torch.complex128,
+    torch.complex64: torch.complex128,
+}
+
+
+@dataclass(frozen=True, eq=False)
+class Statistic:
+    """What one operation made of the axes that it reduced: their sizes, and its results."""
+
+    sizes: tuple[int, ...]
+    values: tuple[Tensor, ...]
+
+
+def _dims(x: Tensor, dims: Any) -> tuple[int, ...]:
+    if dims is None or (isinstance(dims, Sequence) and not dims):
+        return tuple(x.shape)
+    return tuple(x.shape[d] for d in ([dims] if isinstance(dims, int) else dims))
+
+
+def _over(position: int) -> Callable[[Sequence[Any]], tuple[int, ...]]:
+    """The sizes of the axes that an operation reduces, named by its argument at that position (without it, all)."""
+    return lambda args: _dims(args[0], args[position] if len(args) > position else None)
+
+
+# What a norm or a mean computes over channels depends on how many there are: its statistics change with a cut.
+_MEANS: dict[Any, Callable[[Sequence[Any]], tuple[int, ...]]] = {
+    _ATEN.native_layer_norm.default: lambda args: tuple(args[1]),
+    _ATEN.native_group_norm.default: lambda args: (args[4] // args[6], args[5]),
+    _ATEN._fused_rms_norm.default: lambda args: tuple(args[1]),
+    _ATEN.mean.default: lambda args: tuple(args[0].shape),
+    _ATEN.mean.dim: _over(1),
+    _ATEN.var.correction: _over(1),
+    _ATEN.std.correction: _over(1),
+    _ATEN.var_mean.correction: _over(1),
+    _ATEN.std_mean.correction: _over(1),
+}
+# These are the same over zeros as over fewer channels, but not where a channel that is cut has other values than zero.
+_SUMS: dict[Any, Callable[[Sequence[Any]], tuple[int, ...]]] = {
+    _ATEN.sum.default: lambda args: tuple(args[0].shape),
+    _ATEN.sum.dim_IntList: _over(1),
+    _ATEN.linalg_vector_norm.default: _over(2),
+    _ATEN.norm.ScalarOpt_dim: _over(2),
+    _ATEN.amax.default: _over(1),
+    _ATEN.amin.default: _over(1),
+    _ATEN.max.dim: _over(1),
+    _ATEN.min.dim: _over(1),
+    _ATEN.logsumexp.default: _over(1),
+}
+_STATISTICS = _MEANS | _SUMS
+_NORMS = (_ATEN.native_layer_norm.default, _ATEN.native_group_norm.default, _ATEN._fused_rms_norm.default)
+
+
+class Exact(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Promotes what runs inside it to float64, and records statistics; given others' records, holds to them.
+
+    `hold` are the calls whose recorded values are used; `None` means: those whose axes have another size here than in
+    the record, sums among them only where `sums` says so. `held` are the calls where that came about, and where.
+    """
+
+    def __init__(
+        self, record: Sequence[Statistic] | None = None, hold: Collection[int] | None = None, sums: bool = False
+    ) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.record = record
+        self.hold = hold
+        self.sums = sums
+        self.statistics: list[Statistic] = []
+        self.held: dict[int, str] = {}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if not isinstance(func, torch._ops.OpOverload):
+            return func(*args, **kwargs)
+        if func is not _ATEN.view.dtype:
+            writes = any(
+                argument.alias_info is not None and argument.alias_info.is_write for argument in func._schema.arguments
+            )
+            args, kwargs = tree_map(_wide if not writes else _wide_dtype, (args, kwargs))
+        out = func(*args, **kwargs)
+        if func in _STATISTICS:
+            out = self._statistic(func, args, kwargs, out)
+        return tree_map_only(Tensor, _wide, out)
+
+    def _statistic(self, func: Any, args: Sequence[Any], kwargs: Mapping[str, Any], out: Any) -> Any:
+        sizes = _STATISTICS[func](args)
+        results = out if isinstance(out, tuple) else (out,)
+        k = len(self.statistics)
+        fused = func in _NORMS
+        self.statistics.append(Statistic(sizes, results[1:] if fused else results))
+        if self.record is None or k >= len(self.record):
+            return out
+        wanted = self.record[k]
+        changed = wanted.sizes != sizes and (self.sums or func in _MEANS)
+        alike = [t.shape for t in wanted.values] == [t.shape for t in self.statistics[k].values]
+        if not alike or not (changed if self.hold is None else k in self.hold):
+            return out
+        self.held[k] = f"{func._schema.name.removeprefix('aten::')} at {_source()}"
+        if fused:
+            return _normalise(func, args, wanted.values), *wanted.values
+        return type(out)(wanted.values) if isinstance(out, tuple) else wanted.values[0]
+
+
+def _wide(value: Any) -> Any:
+    if isinstance(value, Tensor):
+        return value.to(_WIDE[value.dtype]) if value.dtype in _WIDE else value
+    return _wide_dtype(value)
+
+
+def _wide_dtype(value: Any) -> Any:
+    return _WIDE.get(value, value) if isinstance(value, torch.dtype) else value
+
+
+def _normalise(func: Any, args: Sequence[Any], statistics: Sequence[Tensor]) -> Tensor:
+    """A norm with the mean and reciprocal deviation of another run."""
+    x: Tensor = args[0]
+    if func is _ATEN._fused_rms_norm.default:
+        return x * statistics[0] if args[2] is None else x * statistics[0] * args[2]
+    mean, rstd = statistics
+    if func is _ATEN.native_layer_norm.default:
+        out, weight, bias = (x - mean) * rstd, args[2], args[3]
+    else:
+        n, groups, weight, bias = args[3], args[6], args[1], args[2]
+        out = ((x.reshape(n, groups, -1) - mean[..., None]) * rstd[..., None]).reshape(x.shape)
+        weight, bias = (None if t is None else t.reshape(-1, *[1] * (x.ndim - 2)) for t in (weight, bias))
+    out = out if weight is None else out * weight
+    return out if bias is None else out + bias
+
+
+def _source() -> str:
+    """The line of the model's code, or of torch's modules, that is running."""
+    frame = sys._getframe(1)
+    skipped = (__file__, str(Path(torch.__file__).parent / "utils"), str(Path(torch.__file__).parent / "_"))
+    while frame.f_back is not None and frame.f_code.co_filename.startswith(skipped):
+        frame = frame.f_back
+    while frame.f_back is not None and frame.f_code.co_filename.endswith("torch/nn/functional.py"):
+        frame = frame.f_back
+    code = frame.f_code
+    owner = frame.f_locals.get("self")
+    where = f"{type(owner).__name__}.{code.co_name}" if isinstance(owner, nn.Module) else code.co_name
+    return f"{Path(code.co_filename).name}:{frame.f_lineno} in {where}"
+
+
+def double(model: nn.Module) -> nn.Module:
+    """A copy of the model in float64 and eval mode that shares nothing with it. Raises `EditError` where none can be made.
+
+    >>> double(nn.Linear(2, 1).half()).weight.dtype
+    torch.float64
+    """
+    memo: dict[int, Any] = {}
+    for module in model.modules():
+        for value in vars(module).values():
+            # What weight_norm leaves in `weight` has a history, which deepcopy refuses; it is computed anew at each call.
+            if isinstance(value, Tensor) and value.grad_fn is not None:
+                memo[id(value)] = value.detach().clone()
+    try:
+        twin = copy.deepcopy(model, memo)
+    except Exception as error:
+        raise EditError(
+            f"the model ({type(model).__name__}) cannot be copied, so that a cut cannot be proved: "
+            f"{type(error).__name__}: {error}. Keep what cannot be copied (files, locks, generators) out of its "
+            "attributes, or pass verify=False."
+        ) from error
+    twin = twin.cpu() if any(p.device.type == "mps" for p in model.parameters()) else twin
+    for parameter in twin.parameters():
+        parameter.grad = None
+    with torch.no_grad():
+        for tensor in (*twin.parameters(), *twin.buffers()):
+            tensor.data = _wide(tensor.data)
+    return twin.eval()
+
+
+def run(model: nn.Module, inputs: tuple[Any, ...] | Mapping[str, Any], exact: Exact, seed: int = 0) -> Any:
+    """The model's answer to copies of the inputs inside `exact`, from that seed, with torch's random state put back."""
+    device = next((t.device for t in (*model.parameters(), *model.buffers())), torch.device("cpu"))
+    inputs = tree_map_only(Tensor, lambda t: _wide(t.detach().clone().to(device)), inputs)
+    devices = [device] if device.type == "cuda" else []
+    with torch.random.fork_rng(devices=devices), _plain_kernels(), exact:
+        torch.manual_seed(seed)
+        return model(**inputs) if isinstance(inputs, Mapping) else model(*inputs)
+
+
+@contextlib.contextmanager
+def _plain_kernels() -> Iterator[None]:
+    """Without torch's fused path for transformer layers, whose norms nobody sees; cuDNN has no backward in eval mode."""
+    fast = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        with torch.backends.cudnn.flags(enabled=False):
+            yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fast)

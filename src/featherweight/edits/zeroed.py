@@ -1,0 +1,114 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The uncut model with what a plan cuts set to zero: what a cut has to answer like.
+
+Read from the edits alone. The positions are zero everywhere, or only on the axes that layers contract (a Linear's
+columns), or only on the others (its rows, biases, norms): a plan that pairs a channel with the wrong column answers
+like the first by construction, never like either half.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Collection, Iterable, Iterator
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
+from torch.nn.utils import parametrize, remove_weight_norm
+
+from featherweight.edits.effective import find_effective, is_computed, value_of
+from featherweight.edits.swap import apply_swap
+from featherweight.errors import EditError
+from featherweight.plan import Attribute, Edit, Slice, Swap
+
+__all__ = ["Lost", "Side", "prepare", "zeros"]
+
+Side = Literal["everywhere", "where made", "where read"]
+
+
+@dataclass(frozen=True, eq=False)
+class Lost:
+    """What slices leave of one axis of one tensor of the uncut model, under the name that they use."""
+
+    name: str
+    tensor: Tensor
+    axis: int
+    kept: Tensor
+    read: bool
+    computed: bool
+
+    @property
+    def dropped(self) -> Tensor:
+        gone = torch.ones(self.tensor.shape[self.axis], dtype=torch.bool, device=self.tensor.device)
+        gone[self.kept] = False
+        return gone.nonzero()[:, 0]
+
+
+def prepare(model: nn.Module, edits: Iterable[Edit], read: Collection[tuple[str, int]] = ()) -> list[Lost]:
+    """Carries out the swaps of a plan on your model, makes computed tensors that it slices plain ones, and says what
+    its slices leave. `read` are axes that are contracted by other code than torch's own layers.
+
+    Raises `EditError` for an edit that is neither a slice nor a swap nor an attribute.
+    """
+    lost: dict[tuple[int, int], Lost] = {}
+    computed: set[str] = set()
+    for edit in edits:
+        if isinstance(edit, Swap):
+            apply_swap(model, edit)
+        elif isinstance(edit, Slice):
+            module, leaf, _ = find_effective(model, edit.tensor)
+            if is_computed(module, leaf):
+                computed.add(edit.tensor)
+                _make_plain(module, leaf)
+            module, leaf, tensor = find_effective(model, edit.tensor)
+            key = (id(tensor), edit.axis)
+            kept = lost[key].kept if key in lost else torch.arange(tensor.shape[edit.axis], device=tensor.device)
+            lost[key] = Lost(
+                edit.tensor,
+                tensor,
+                edit.axis,
+                kept[torch.tensor(edit.keep, device=tensor.device)],
+                (edit.tensor, edit.axis) in read or _contracts(module, leaf, edit.axis),
+                edit.tensor in computed,
+            )
+        elif not isinstance(edit, Attribute):
+            raise EditError(f"{edit} is no cut: only slices, swaps and attributes are proved.")
+    return list(lost.values())
+
+
+@contextlib.contextmanager
+def zeros(lost: Iterable[Lost], side: Side) -> Iterator[None]:
+    """The dropped positions are zero inside, and what they were again outside."""
+    chosen = [one for one in lost if side == "everywhere" or one.read == (side == "where read")]
+    saved = {id(one.tensor): (one.tensor, one.tensor.data) for one in chosen}
+    try:
+        for tensor, data in saved.values():
+            tensor.data = data.clone()
+        for one in chosen:
+            one.tensor.data.index_fill_(one.axis, one.dropped, 0)
+        yield
+    finally:
+        for tensor, data in saved.values():
+            tensor.data = data
+
+
+def _make_plain(module: nn.Module, leaf: str) -> None:
+    value = value_of(module, leaf)
+    if parametrize.is_parametrized(module, leaf):
+        parametrize.remove_parametrizations(module, leaf, leave_parametrized=True)
+    else:
+        remove_weight_norm(module, leaf)
+    getattr(module, leaf).data = value
+
+
+def _contracts(module: nn.Module, leaf: str, axis: int) -> bool:
+    """Whether torch's own layer sums over that axis of its tensor."""
+    if not leaf.startswith("weight"):
+        return False
+    if isinstance(module, _ConvNd):
+        return axis == (0 if isinstance(module, _ConvTransposeNd) else 1)
+    if isinstance(module, nn.Linear | nn.RNNBase | nn.RNNCellBase):
+        return axis == 1
+    return isinstance(module, nn.Bilinear) and axis > 0
