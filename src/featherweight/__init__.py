@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from featherweight.measure import Scorecard, count
     from featherweight.plan import Attribute, Factor, FakeQuant, Plan, Slice, Swap, Tie
     from featherweight.prune import GradualPruning, Prune
+    from featherweight.prune.channels import DropBlocks, GradualChannelPruning, PruneChannels
     from featherweight.recipe import Recipe, load_recipe
     from featherweight.reconstruct import Reconstruct
     from featherweight.run import Apply, Result, compress
@@ -36,14 +37,17 @@ __all__ = [
     "Attribute",
     "Cut",
     "Distill",
+    "DropBlocks",
     "Factor",
     "Factorize",
     "FakeQuant",
     "Features",
+    "GradualChannelPruning",
     "GradualPruning",
     "Iterative",
     "Plan",
     "Prune",
+    "PruneChannels",
     "Recipe",
     "Reconstruct",
     "Result",
@@ -78,6 +82,7 @@ _HOMES = {
     "measure": ("Scorecard", "count"),
     "plan": ("Attribute", "Factor", "FakeQuant", "Plan", "Slice", "Swap", "Tie"),
     "prune": ("GradualPruning", "Prune"),
+    "prune.channels": ("DropBlocks", "GradualChannelPruning", "PruneChannels"),
     "recipe": ("Recipe", "load_recipe"),
     "reconstruct": ("Reconstruct",),
     "task": ("Stage", "Task"),

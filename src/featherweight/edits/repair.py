@@ -87,9 +87,9 @@ def candidates(model: nn.Module, trace: Trace, kept: Mapping[str, int]) -> list[
     for near, of in ((True, sizes), (False, around)):
         for layer, seen in of.items():
             for kind, name, entry, value in _numbers(model, layer):
-                new = tuple(size for size in seen.get(value, ()) if size != value)
-                if new and (near or not set(new) & set(sizes.get(layer, {}).get(value, ()))):
-                    found.setdefault((kind, name, entry, value in seen[value], near), {})[layer] = new
+                others = tuple(other for other in seen.get(value, ()) if other != value)
+                if others and (near or not set(others) & set(sizes.get(layer, {}).get(value, ()))):
+                    found.setdefault((kind, name, entry, value in seen[value], near), {})[layer] = others
     made = [
         Candidate(kind, name, entry, options, stays, near)
         for (kind, name, entry, stays, near), options in found.items()
