@@ -16,7 +16,6 @@ from typing import Any
 import numpy as np
 from torch import nn
 
-from featherweight import graph
 from featherweight.edits.apply import apply, replay
 from featherweight.edits.effective import find_effective
 from featherweight.edits.exact import double
@@ -29,6 +28,7 @@ from featherweight.edits.verify import verify as prove
 from featherweight.edits.whereabouts import layer_of, whereabouts
 from featherweight.errors import EditError, OptionError, VerifyError
 from featherweight.graph import Coupling, Trace
+from featherweight.graph import trace as comb
 from featherweight.plan import Attribute, Edit, Plan, Slice, Swap
 
 __all__ = ["Cut", "cut"]
@@ -94,7 +94,7 @@ def cut(
     if inputs is None and (verify or trace is None):
         raise OptionError("cut: pass `inputs`, which the model is traced and the cut is proved on; or verify=False.")
     if trace is None:
-        trace = graph.trace(model, inputs or ())
+        trace = comb(model, inputs or ())
     _refuse_stale(model, trace)
     removed = _by_group(couplings, trace)
     following = followers(model, follow)
