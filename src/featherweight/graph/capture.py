@@ -66,9 +66,15 @@ def _plain(model: nn.Module) -> nn.Module:
     """The model, or a copy whose parametrized tensors are plain ones under the same names, as edits name them."""
     if not any(parametrize.is_parametrized(m) or _old_weight_norms(m) for m in model.modules()):
         return model
+    for module in model.modules():
+        for name in _old_weight_norms(module):  # made anew before each forward; as it stands it could not be copied
+            setattr(module, name, getattr(module, name).detach())
     model = copy.deepcopy(model)
     for module in list(model.modules()):
         if parametrize.is_parametrized(module):
+            # A copy shares the class that torch made for the original, and removal takes the property off that class.
+            kind = type(module)
+            module.__class__ = type(kind.__name__, kind.__bases__, dict(vars(kind)))
             for name in list(module.parametrizations):  # type: ignore[arg-type]
                 parametrize.remove_parametrizations(module, name, leave_parametrized=True)
         for hook in _old_weight_norms(module):
@@ -77,7 +83,9 @@ def _plain(model: nn.Module) -> nn.Module:
 
 
 def _old_weight_norms(module: nn.Module) -> list[str]:
-    return [hook.name for hook in module._forward_pre_hooks.values() if type(hook).__name__ == "WeightNorm"]
+    return [
+        str(vars(hook)["name"]) for hook in module._forward_pre_hooks.values() if type(hook).__name__ == "WeightNorm"
+    ]
 
 
 def _exported(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Captured:

@@ -47,7 +47,7 @@ class Labels:
     def roots(self, labels: Tensor) -> np.ndarray:
         """The class of each label, whether frozen or not."""
         ids = labels.numpy()
-        found = self._parent[ids]
+        found: np.ndarray = self._parent[ids]
         while True:
             further = self._parent[found]
             if np.array_equal(further, found):
@@ -65,7 +65,7 @@ class Labels:
         return self.causes[self._cause[root] - 1] if self._cause[root] else None
 
     def is_frozen(self, roots: np.ndarray) -> np.ndarray:
-        return self._cause[roots] != 0
+        return np.asarray(self._cause[roots] != 0)
 
     def freeze(self, labels: Tensor, why: str) -> None:
         """These may not be cut, because of what is being worked on."""
@@ -77,7 +77,8 @@ class Labels:
 
     def unite(self, a: Tensor, b: Tensor, why: str = "it meets positions that are no channels") -> None:
         """Position by position (the shapes broadcast), these are one channel. What meets label 0 is frozen."""
-        a, b = torch.broadcast_tensors(a, b)
+        shape = np.broadcast_shapes(a.shape, b.shape)
+        a, b = a.expand(shape), b.expand(shape)
         pairs = _distinct(a, b)
         plain = (pairs == 0).any(axis=1)
         if plain.any():

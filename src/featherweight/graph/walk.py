@@ -106,8 +106,8 @@ class Walk:
     def pointwise(self, values: Sequence[Value], why: str = "it meets a tensor without channels") -> Value:
         """Values that broadcast against each other."""
         if values and all(value.uniform for value in values):
-            return Value(tuple(torch.broadcast_shapes(*(v.shape for v in values))), (), True)
-        shape = tuple(torch.broadcast_shapes(*(value.shape for value in values)))
+            return Value(tuple(np.broadcast_shapes(*(v.shape for v in values))), (), True)
+        shape = tuple(np.broadcast_shapes(*(value.shape for value in values)))
         return Value(shape, self.joiner.join([aligned(value, len(shape)) for value in values], why))
 
     def contract(
@@ -116,7 +116,12 @@ class Walk:
         """A sum of products; its multiply-adds are told."""
         value, sizes = self.joiner.contract(values, words, output)
         for operand, word in zip(values, words, strict=True):
-            self.role(operand, {axis: "output" if letter in output else "input" for axis, letter in enumerate(word)})
+            if operand is weight:
+                self.role(
+                    operand, {axis: "output" if letter in output else "input" for axis, letter in enumerate(word)}
+                )
+            else:  # learned tokens, say, which no layer makes
+                self.role(operand, dict.fromkeys(range(len(word)), "output"))
         name = None if weight is None else weight.tensor
         if name is not None:
             self.weights.setdefault(name, call.name)
@@ -135,6 +140,8 @@ class Walk:
 
     def role(self, value: Value, roles: Mapping[int, Role]) -> None:
         """What the axes of the model's own tensors in this value are to the op; the first word counts, output above all."""
+        if value.tensor is None:
+            return
         for axis, role in roles.items():
             found = self.vector(value, axis)
             if found is None:
@@ -192,6 +199,7 @@ class Walk:
         """Values through one graph; `given` are a subgraph's inputs, None for the whole's."""
         env: dict[torch.fx.Node, Any] = {}
         inputs = iter(given or ())
+        live = _live(module.graph)
         for node in module.graph.nodes:
             if time.monotonic() > self.deadline:
                 raise GraphError(
@@ -214,7 +222,7 @@ class Walk:
                         Value, lambda v: self.freeze(v, "it is an output of the model"), outputs
                     )
                 return outputs
-            else:
+            elif node in live:
                 env[node] = self._call(node, env, rules)
         return None
 
@@ -241,8 +249,8 @@ class Walk:
 
     def _call(self, node: torch.fx.Node, env: dict[torch.fx.Node, Any], rules: Mapping[str, Rule]) -> Any:
         if node.target is operator.getitem:
-            source = env[node.args[0]]  # type: ignore[index]
-            return source[node.args[1]] if isinstance(source, list | tuple) else Value(_shape(node))
+            source, at = env[node.args[0]], node.args[1]  # type: ignore[index]
+            return source[at] if isinstance(source, list | tuple) and isinstance(at, int) else Value(_shape(node))
         for source in node.all_input_nodes:
             env[source] = torch.utils._pytree.tree_map_only(Value, self._tidy, env[source])
         name, args = _arguments(node, env)
@@ -308,11 +316,14 @@ def execute(call: Call, walk: Walk, value: Value, argument: str = "self") -> Any
     shapes = call.out if several else [call.out]
     results: list[list[Tensor]] = [[] for _ in shapes]
     target: Any = call.node.target
+    move = (
+        torch.ops.aten.reshape.default if call.name in ("view", "_unsafe_view") else target
+    )  # labels may lie otherwise
     names = [arg.name for arg in target._schema.arguments if not arg.kwarg_only]
     fixed = {name: _stand_in(argument) for name, argument in call.args.items()}
     for plane in value.planes:
         given = {**fixed, argument: expand(plane, value.shape)}
-        moved = target(*(given[name] for name in names))
+        moved = move(*(given[name] for name in names))
         for found, one in zip(results, moved if several else [moved], strict=True):
             small = shrink(one)
             if small.numel() > 1:
@@ -329,6 +340,16 @@ def execute(call: Call, walk: Walk, value: Value, argument: str = "self") -> Any
 def _stand_in(argument: Any) -> Any:
     """A tensor of the shape of a value, for ops that only ask for that."""
     return torch.zeros((), dtype=torch.int64).expand(argument.shape) if isinstance(argument, Value) else argument
+
+
+def _live(graph: torch.fx.Graph) -> set[torch.fx.Node]:
+    """Nodes that an output follows from, and those that write in place."""
+    found: set[torch.fx.Node] = set()
+    for node in reversed(graph.nodes):
+        schema = getattr(node.target, "_schema", None)
+        if node.op == "output" or node in found or (schema is not None and schema.is_mutable):
+            found |= {node, *node.all_input_nodes}
+    return found
 
 
 def _arguments(node: torch.fx.Node, env: Mapping[torch.fx.Node, Any]) -> tuple[str, dict[str, Any]]:

@@ -52,7 +52,9 @@ def _drop(value: Value, axes: list[int], shape: tuple[int, ...]) -> Value:
 
 
 def statistic(walk: Walk, call: Call) -> Any:
-    """sum, mean, var, norm: over channels it is a statistic that changes with a cut, and has no channels itself."""
+    """sum, mean, norm, max: over channels it is a statistic that changes with a cut, and has no channels itself."""
+    if len(call.values) > 1:  # max of two tensors
+        return pointwise(walk, call)
     value: Value = call.values[0]
     axes = _axes(call, len(value.shape))
     planes = []
@@ -67,12 +69,10 @@ def statistic(walk: Walk, call: Call) -> Any:
 
 
 def extreme(walk: Walk, call: Call) -> Any:
-    """max, min, argmax: over channels it may be any of them."""
-    values = call.values
-    if len(values) > 1:  # max of two tensors
-        return pointwise(walk, call)
-    axes = _axes(call, len(values[0].shape))
-    return _shaped(call, walk.pin(values[0], axes, f"{call.name} chooses among them"), axes)
+    """argmax, median: which of the channels it is, is their business."""
+    value: Value = call.values[0]
+    axes = _axes(call, len(value.shape))
+    return _shaped(call, walk.pin(value, axes, f"{call.name} chooses among them"), axes)
 
 
 def _shaped(call: Call, value: Value, axes: list[int]) -> Any:
@@ -122,16 +122,99 @@ def gated(walk: Walk, call: Call) -> Value:
     return Value(call.out, planes)
 
 
-_SAME = (
-    "contiguous clone alias detach to _to_copy type_as lift_fresh_copy lift_fresh dropout feature_dropout alpha_dropout "
-    "native_dropout float double half bfloat16 dropout_ fake_quantize_per_tensor_affine requires_grad_ nan_to_num square "
-    "view_as_real_copy positive resolve_conj resolve_neg conj pin_memory cpu cuda"
-).split()
-_POINTWISE = (
-    "pointwise where masked_fill addcmul addcdiv lerp clamp rsub __and__ __or__ __xor__ float_power true_divide".split()
-)
-_STATISTIC = "sum mean var std var_mean std_mean norm linalg_vector_norm nansum logsumexp".split()
-_EXTREME = "max min amax amin argmax argmin aminmax all any prod median count_nonzero".split()
+_SAME = [
+    "relu",
+    "relu6",
+    "gelu",
+    "silu",
+    "mish",
+    "selu",
+    "celu",
+    "elu",
+    "leaky_relu",
+    "hardtanh",
+    "hardswish",
+    "hardsigmoid",
+    "hardshrink",
+    "softshrink",
+    "softplus",
+    "softsign",
+    "tanhshrink",
+    "threshold",
+    "rrelu",
+    "log_sigmoid",
+    "logsigmoid",
+    "abs",
+    "neg",
+    "exp",
+    "log",
+    "sqrt",
+    "rsqrt",
+    "sin",
+    "cos",
+    "contiguous",
+    "clone",
+    "alias",
+    "detach",
+    "to",
+    "_to_copy",
+    "type_as",
+    "lift_fresh_copy",
+    "lift_fresh",
+    "dropout",
+    "feature_dropout",
+    "alpha_dropout",
+    "native_dropout",
+    "float",
+    "double",
+    "half",
+    "bfloat16",
+    "dropout_",
+    "fake_quantize_per_tensor_affine",
+    "requires_grad_",
+    "nan_to_num",
+    "square",
+    "view_as_real_copy",
+    "positive",
+    "resolve_conj",
+    "resolve_neg",
+    "conj",
+    "pin_memory",
+    "cpu",
+    "cuda",
+]
+_POINTWISE = [
+    "pointwise",
+    "where",
+    "masked_fill",
+    "addcmul",
+    "addcdiv",
+    "lerp",
+    "clamp",
+    "rsub",
+    "__and__",
+    "__or__",
+    "__xor__",
+    "float_power",
+    "true_divide",
+]
+_STATISTIC = [
+    "sum",
+    "mean",
+    "var",
+    "std",
+    "var_mean",
+    "std_mean",
+    "norm",
+    "linalg_vector_norm",
+    "nansum",
+    "logsumexp",
+    "amax",
+    "amin",
+    "max",
+    "min",
+]
+_EXTREME = ["argmax", "argmin", "aminmax", "all", "any", "prod", "median", "count_nonzero"]
 _SPATIAL = [
     *(f"{kind}_pool{n}d" for kind in ("max", "avg", "adaptive_avg", "adaptive_max", "lp") for n in (1, 2, 3)),
     *(f"max_pool{n}d_with_indices" for n in (1, 2, 3)),

@@ -17,11 +17,38 @@ from featherweight.graph.walk import Call, Rule, Walk, execute, plain
 
 __all__ = ["RULES"]
 
-_MOVES = (
-    "view reshape _unsafe_view flatten unflatten permute transpose t numpy_T mT movedim moveaxis swapaxes swapdims squeeze "
-    "unsqueeze repeat tile narrow unbind pixel_shuffle pixel_unshuffle channel_shuffle native_channel_shuffle diagonal unfold "
-    "view_as reshape_as select repeat_interleave"
-).split()
+_MOVES = [
+    "view",
+    "reshape",
+    "_unsafe_view",
+    "flatten",
+    "unflatten",
+    "permute",
+    "transpose",
+    "t",
+    "numpy_T",
+    "mT",
+    "movedim",
+    "moveaxis",
+    "swapaxes",
+    "swapdims",
+    "squeeze",
+    "unsqueeze",
+    "repeat",
+    "tile",
+    "narrow",
+    "unbind",
+    "pixel_shuffle",
+    "pixel_unshuffle",
+    "channel_shuffle",
+    "native_channel_shuffle",
+    "diagonal",
+    "unfold",
+    "view_as",
+    "reshape_as",
+    "select",
+    "repeat_interleave",
+]
 
 
 def move(walk: Walk, call: Call) -> Any:
@@ -37,7 +64,7 @@ def widen(walk: Walk, call: Call) -> Value:
     more = len(shape) - len(value.shape)
     planes = tuple(plane.reshape((1,) * more + tuple(plane.shape)) for plane in value.planes)
     grown = {axis for axis, size in enumerate(shape) if axis < more or value.shape[axis - more] != size}
-    found = Value(shape, planes, value.uniform, frozenset(grown | {axis + more for axis in value.fits}))
+    found = Value(shape, planes, value.uniform, frozenset(grown | {axis + more for axis in value.fits}), value.tensor)
     if planes:
         walk.tell(call, found)
     return found
@@ -50,7 +77,7 @@ def shift(walk: Walk, call: Call) -> Value:
     axes = {axis % rank for axis in ([dims] if isinstance(dims, int) else dims or range(rank))}
     still = [plane for plane in value.planes if not axes & set(varies(walk.labels, plane))]
     moved = [plane for plane in value.planes if axes & set(varies(walk.labels, plane))]
-    found = execute(call, walk, dataclasses.replace(value, planes=tuple(moved)))
+    found: Value = execute(call, walk, dataclasses.replace(value, planes=tuple(moved)))
     return dataclasses.replace(found, planes=(*still, *found.planes))
 
 
@@ -99,6 +126,8 @@ def cut_out(walk: Walk, call: Call) -> Value:
 
 def concatenate(walk: Walk, call: Call) -> Value:
     values = [value for value in call["tensors"] if value.shape != (0,)]
+    for value in values:
+        walk.role(value, dict.fromkeys(range(len(value.shape)), "output"))
     return _joined(walk, call, values, (call["dim"] or 0) % len(call.out))
 
 
@@ -119,7 +148,7 @@ def stack(walk: Walk, call: Call) -> Value:
 def _joined(walk: Walk, call: Call, values: list[Value], axis: int) -> Value:
     """Side by side along `axis`; along all other axes the same position is the same channel."""
     along = [{varies(walk.labels, plane) for plane in value.planes} for value in values]
-    mixed = {axes for axes in set().union(*along) if axis in axes and len(axes) > 1}
+    mixed: set[tuple[int, ...]] = {axes for axes in set().union(*along) if axis in axes and len(axes) > 1}
     whole = []
     for axes in sorted(mixed):
         if all(axes in mine for mine in along):  # heads x positions, cut in half and put together again
@@ -137,15 +166,15 @@ def _joined(walk: Walk, call: Call, values: list[Value], axis: int) -> Value:
         others.append(dataclasses.replace(value, shape=shape, planes=rest))
         mine = [plane for plane, axes in planes if axes == (axis,)]
         ours.append(mine[0] if mine else torch.zeros([1] * len(shape), dtype=torch.int64))
-    planes = list(walk.joiner.join(others, "it is joined to a tensor without channels")) + whole
+    joined = [*walk.joiner.join(others, "it is joined to a tensor without channels"), *whole]
     if any(bool(plane.any()) for plane in ours):
         pieces = [
             expand(plane, [v.shape[i] if i == axis else 1 for i in range(plane.ndim)])
             for plane, v in zip(ours, values, strict=True)
         ]
-        planes.append(shrink(torch.cat(pieces, axis)))
-    found = Value(call.out, tuple(planes), all(value.uniform for value in values), tensor=_same_tensor(values))
-    if planes:
+        joined.append(shrink(torch.cat(pieces, axis)))
+    found = Value(call.out, tuple(joined), all(value.uniform for value in values), tensor=_same_tensor(values))
+    if joined:
         walk.tell(call, found)
     return found
 
@@ -265,15 +294,48 @@ RULES: dict[str, Rule] = {
     **dict.fromkeys(("gather", "index_select", "sort", "topk"), pick),
     "copy": write,
     **dict.fromkeys(
-        (
-            "zeros ones full empty new_zeros new_ones new_full new_empty scalar_tensor zeros_like ones_like full_like empty_like "
-            "fill zero"
-        ).split(),
+        [
+            "zeros",
+            "ones",
+            "full",
+            "empty",
+            "new_zeros",
+            "new_ones",
+            "new_full",
+            "new_empty",
+            "scalar_tensor",
+            "zeros_like",
+            "ones_like",
+            "full_like",
+            "empty_like",
+            "fill",
+            "zero",
+        ],
         fill,
     ),
     **dict.fromkeys(
-        "arange linspace eye tril_indices triu_indices item _local_scalar_dense sym_size _assert_tensor_metadata _assert_scalar "
-        "_assert_async _set_grad_enabled rand randn rand_like randn_like bernoulli bucketize searchsorted one_hot".split(),
+        [
+            "arange",
+            "linspace",
+            "eye",
+            "tril_indices",
+            "triu_indices",
+            "item",
+            "_local_scalar_dense",
+            "sym_size",
+            "_assert_tensor_metadata",
+            "_assert_scalar",
+            "_assert_async",
+            "_set_grad_enabled",
+            "rand",
+            "randn",
+            "rand_like",
+            "randn_like",
+            "bernoulli",
+            "bucketize",
+            "searchsorted",
+            "one_hot",
+        ],
         constant,
     ),
 }

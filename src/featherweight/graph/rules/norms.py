@@ -6,6 +6,8 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
+from torch import Tensor
+
 from featherweight.graph.join import Value
 from featherweight.graph.labels import varies
 from featherweight.graph.rules.products import affine
@@ -16,7 +18,7 @@ __all__ = ["RULES"]
 
 def per_channel(walk: Walk, call: Call) -> Any:
     x: Value = call["input"]
-    if call["training"] or call["use_input_stats"] and call["running_mean"] is None:
+    if call["training"] or (call["use_input_stats"] and call["running_mean"] is None):
         _measured(
             walk, x, [axis for axis in range(len(x.shape)) if axis != 1 and (axis > 1 or call["training"])], call.name
         )
@@ -39,7 +41,7 @@ def over_trailing(walk: Walk, call: Call) -> Any:
 
 def _measured(walk: Walk, x: Value, axes: list[int], op: str) -> Value:
     """Over these axes statistics are taken. What varies along others too (heads x positions) is settled to those."""
-    planes = []
+    planes: list[Tensor] = []
     for plane in x.planes:
         along = set(varies(walk.labels, plane))
         if along & set(axes) and along - set(axes):

@@ -77,12 +77,13 @@ def einsum(walk: Walk, call: Call) -> Value:
     inputs, arrow, output = words.partition("->")
     given, values = inputs.split(","), list(call["tensors"])
     if "." in words or any(len(set(word)) < len(word) for word in given):
-        for value in values:
-            walk.freeze(value, "einsum with dots or repeated letters has no rule")
+        for one in values:
+            walk.freeze(one, "einsum with dots or repeated letters has no rule")
         return Value(call.out)
     if not arrow:
         output = "".join(sorted(letter for letter in set(inputs) - {","} if inputs.count(letter) == 1))
-    value, word = values[0], given[0]
+    value: Value = values[0]
+    word = given[0]
     weights = [v for v in values if v.tensor is not None]
     if len(values) == 1:
         return walk.contract(call, values, given, output)

@@ -23,7 +23,8 @@ def layers(walk: Walk, call: Call) -> Any:
     each = len(params) // count
     states = call["hx"] if isinstance(call["hx"], list | tuple) else [call["hx"]]
     projected = each == (5 if biases else 3)
-    entering, outputs = walk.vector(walk.pin(x, range(len(x.shape) - 1), f"{call.name} runs along it"), -1), []
+    entering = walk.vector(walk.pin(x, range(len(x.shape) - 1), f"{call.name} runs along it"), -1)
+    outputs: list[Tensor] = []
     hidden: Tensor | None = None
     for layer in range(call["num_layers"]):
         outputs = []

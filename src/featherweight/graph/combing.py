@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import time
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from typing import Any, Literal
 
@@ -62,31 +63,30 @@ class _Assembly:
         self.walk = walk
         # Tied tensors and those of the model that the forward did not touch keep their size.
         self.own = sorted(walk.axes, key=lambda axis: axis.first)
+        self.by_tensor: dict[str, list[Axis]] = {}
+        for axis in self.own:
+            self.by_tensor.setdefault(axis.tensor, []).append(axis)
         ids = torch.arange(walk.labels.count)
         self.roots = walk.labels.roots(ids)
         self._freeze_unmade()
-        self.frozen = walk.labels.is_frozen(self.roots)
-        self.group_of, self.groups = self._group()
+        self.index = np.full(walk.labels.count, -1)  # by root: the number of its group
+        self.groups = self._group()
 
     def _freeze_unmade(self) -> None:
         """Positions that no layer makes (a table's rows that nothing contracts) are nobody's channels."""
-        made = np.unique(
-            np.concatenate([self._roots(axis) for axis in self.own if axis.role == "output"] or [np.empty(0, int)])
-        )
+        made = np.zeros(self.walk.labels.count, dtype=bool)
         for axis in self.own:
-            missing = ~np.isin(self._roots(axis), made)
-            if missing.any():
-                self.walk.labels.now = None
-                self.walk.labels.freeze(
-                    torch.arange(axis.first, axis.first + axis.size)[torch.from_numpy(missing)], "no layer makes it"
-                )
+            if axis.role in ("output", "scale"):
+                made[self._roots(axis)] = True
+        self.walk.labels.now = None
+        self.walk.labels.freeze(torch.from_numpy(np.flatnonzero(~made[self.roots])), "no layer makes it")
 
     def _roots(self, axis: Axis) -> np.ndarray:
         return self.roots[axis.first : axis.first + axis.size]
 
-    def _group(self) -> tuple[dict[int, tuple[str, int]], tuple[Group, ...]]:
+    def _group(self) -> tuple[Group, ...]:
         """Classes by the axes that they have positions on; alike classes are a group, in the order of their first position."""
-        where = np.concatenate([np.full(axis.size, i) for i, axis in enumerate(self.own)] or [np.empty(0, int)])
+        where = np.repeat(np.arange(len(self.own)), [axis.size for axis in self.own])
         position = np.concatenate([np.arange(axis.size) for axis in self.own] or [np.empty(0, int)])
         root = np.concatenate([self._roots(axis) for axis in self.own] or [np.empty(0, int)])
         free = ~self.walk.labels.is_frozen(root)
@@ -98,20 +98,44 @@ class _Assembly:
         alike: dict[bytes, list[int]] = {}
         for i in range(len(classes)):
             alike.setdefault(where[bounds[i] : bounds[i + 1]].tobytes(), []).append(i)
-        groups, group_of, taken = [], {}, dict[str, int]()
-        for members in sorted(alike.values(), key=lambda rows: bounds[rows[0]]):
-            one = where[bounds[members[0]] : bounds[members[0] + 1]]
-            rows = np.stack([position[bounds[i] : bounds[i + 1]] for i in members])
-            if len(members) < 2:
-                self._alone(classes[members[0]])
+        found: list[tuple[np.ndarray, np.ndarray]] = []
+        for rows in sorted(alike.values(), key=lambda rows: bounds[rows[0]]):
+            if len(rows) < 2:
+                self._alone(classes[rows[0]])
                 continue
-            name = self._name(one, taken)
-            group_of |= {int(classes[i]): (name, k) for k, i in enumerate(members)}
-            groups.append(self._one(name, one, rows, classes[members]))
-        return group_of, tuple(groups)
+            self.index[classes[rows]] = len(found)
+            one = where[bounds[rows[0]] : bounds[rows[0] + 1]]
+            found.append((one, np.stack([position[bounds[i] : bounds[i + 1]] for i in rows])))
+        heads = set(self._touched(torch.cat([torch.empty(0, dtype=torch.int64), *self.walk.joiner.heads])))
+        told: dict[int, dict[str, None]] = {}
+        for labels, text in self.walk.statistics:
+            for i in self._touched(labels):
+                told.setdefault(i, {})[text] = None
+        taken: dict[str, int] = {}
+        return tuple(
+            Group(
+                self._name(one, taken),
+                len(rows),
+                tuple(self._members(one, rows)),
+                "heads" if i in heads else "channels",
+                tuple(told.get(i, ())),
+            )
+            for i, (one, rows) in enumerate(found)
+        )
+
+    def _members(self, where: np.ndarray, rows: np.ndarray) -> Iterable[Member]:
+        for i in dict.fromkeys(where.tolist()):
+            own = self.own[i]
+            yield Member(own.tensor, own.axis, own.role or "scale", rows[:, where == i])
+
+    def _touched(self, labels: Tensor) -> list[int]:
+        """The groups that these labels are of."""
+        found = np.unique(self.index[self.roots[labels.numpy()]])
+        return [int(i) for i in found if i >= 0]
 
     def _alone(self, root: int) -> None:
         """A group of one channel cannot lose it."""
+        self.walk.labels.now = None
         self.walk.labels.freeze(torch.tensor([root]), "it is the only one of its kind")
 
     def _name(self, where: np.ndarray, taken: dict[str, int]) -> str:
@@ -122,18 +146,6 @@ class _Assembly:
         name = layer if leaf == "weight" and layer else tensor
         taken[name] = taken.get(name, 0) + 1
         return name if taken[name] == 1 else f"{name}#{taken[name]}"
-
-    def _one(self, name: str, where: np.ndarray, rows: np.ndarray, classes: np.ndarray) -> Group:
-        members = []
-        for i in dict.fromkeys(where.tolist()):
-            own = self.own[i]
-            members.append(Member(own.tensor, own.axis, own.role or "scale", rows[:, where == i]))
-        heads = self._touched(self.walk.joiner.heads, classes)
-        told = [text for labels, text in self.walk.statistics if self._touched([labels], classes)]
-        return Group(name, len(rows), tuple(members), "heads" if heads else "channels", tuple(dict.fromkeys(told)))
-
-    def _touched(self, labels: Iterable[Tensor], classes: np.ndarray) -> bool:
-        return any(bool(np.isin(self.roots[one.numpy()], classes).any()) for one in labels)
 
     # What follows from the groups ----------------------------------------------------------------------------------
 
@@ -160,17 +172,16 @@ class _Assembly:
     def _size(self, labels: np.ndarray | None, extent: int) -> Size:
         if labels is None:
             return Size(extent)
+        roots = self.roots[labels]
+        group = self.index[roots]
         counts: dict[str, int] = {}
-        fixed = extent
-        for root, times in zip(*np.unique(self.roots[labels], return_counts=True), strict=True):
-            at = self.group_of.get(int(root))
-            if at is not None:
-                counts[at[0]] = int(times)
-                fixed -= int(times)
-        return Size(fixed, counts)
+        for i in np.unique(group[group >= 0]).tolist():
+            mine = roots[group == i]
+            counts[self.groups[i].name] = len(mine) // len(np.unique(mine))
+        return Size(extent - int((group >= 0).sum()), counts)
 
     def _tensor_sizes(self, name: str, shape: tuple[int, ...]) -> tuple[Size, ...]:
-        axes = {axis.axis: axis for axis in self.own if axis.tensor == name}
+        axes = {axis.axis: axis for axis in self.by_tensor.get(name, ())}
         return tuple(
             self._size(np.arange(axes[i].first, axes[i].first + axes[i].size) if i in axes else None, size)
             for i, size in enumerate(shape)
@@ -201,12 +212,11 @@ class _Assembly:
         for own in self.own:
             roots = self._roots(own)
             # A class may have become frozen, or a group of one, after its label was made.
-            left = np.array([int(root) not in self.group_of for root in roots])
-            causes = [labels.cause(int(root)) for root in roots[left]]
-            for cause in dict.fromkeys(causes):
+            causes = Counter(labels.cause(root) for root in roots[self.index[roots] < 0].tolist())
+            for cause, positions in causes.items():
                 node, why = cause if isinstance(cause, tuple) else (None, "")
                 op, source, _ = describe(node)
-                yield Frozen(own.tensor, own.axis, causes.count(cause), op, source, why)
+                yield Frozen(own.tensor, own.axis, positions, op, source, why)
 
     def _coverage(self, sizes_of: Mapping[str, tuple[Size, ...]]) -> float:
         total = cuttable = 0.0
