@@ -24,6 +24,7 @@ from featherweight.run import _check_kept, _invariants
 from tests.models import MODELS
 
 GRADUAL = fw.GradualPruning(sparsity=0.5, begin=0, end=3, every=1, dense=())
+CHANNELS = fw.GradualChannelPruning({"parameters": "70 %"}, end=3, every=1)
 EXAMPLES: dict[str, Callable[[nn.Module], Any]] = {
     "apply": lambda model: fw.Apply([fw.FakeQuant("head", bits=8, symmetric=True)]),
     "factorize": lambda model: fw.Factorize(rank=2, layers=["mix" if hasattr(model, "words") else "head"]),
@@ -32,6 +33,11 @@ EXAMPLES: dict[str, Callable[[nn.Module], Any]] = {
     "reconstruct": lambda model: fw.Reconstruct(0.5, samples=12),
     "prune": lambda model: fw.Prune(0.5, importance="gradient", dense=()),
     "train": lambda model: fw.Train(steps=3, optimizer="sgd", lr=0.01),
+    "prune_channels": lambda model: fw.PruneChannels({"parameters": "70 %"}, importance="taylor", batch_norm=False),
+    "gradual_channel_pruning": lambda model: fw.Train(steps=5, hooks=[CHANNELS]),
+    "drop_blocks": lambda model: (
+        fw.DropBlocks(1, layers=["block"]) if hasattr(model, "block") else pytest.skip("it has no block")
+    ),
 }
 SPARSE = ("gradual_pruning", "iterative", "prune", "reconstruct")
 
@@ -105,6 +111,11 @@ PAIRS = [
     ("apply", "gradual_pruning"),
     ("gradual_pruning", "apply"),
     ("iterative", "train"),
+    ("prune", "prune_channels"),
+    ("prune_channels", "gradual_pruning"),
+    ("prune_channels", "reconstruct"),
+    ("gradual_channel_pruning", "train"),
+    ("gradual_pruning", "gradual_channel_pruning"),
 ]
 
 

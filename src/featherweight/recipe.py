@@ -33,10 +33,13 @@ __all__ = ["Recipe", "load_recipe", "method_names", "methods", "to_dict", "to_to
 
 _BUILT_IN = {
     "apply": "featherweight.run:Apply",
+    "drop_blocks": "featherweight.prune.channels:DropBlocks",
     "factorize": "featherweight.factorize:Factorize",
+    "gradual_channel_pruning": "featherweight.prune.channels:GradualChannelPruning",
     "gradual_pruning": "featherweight.prune:GradualPruning",
     "iterative": "featherweight.budget:Iterative",
     "prune": "featherweight.prune:Prune",
+    "prune_channels": "featherweight.prune.channels:PruneChannels",
     "reconstruct": "featherweight.reconstruct:Reconstruct",
     "train": "featherweight.train:Train",
 }

@@ -158,6 +158,8 @@ class Train:
         finally:
             for hook in attached:
                 plan += hook.finalize()
+                for event in getattr(hook, "events", ()):  # what a report is to know, and only the end could say
+                    stage.report(event)
             if distilling is not None:
                 distilling.release()
             zeros.release()

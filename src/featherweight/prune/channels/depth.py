@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping, Sequence
+from fnmatch import fnmatchcase
 from typing import Any
 
 import torch
@@ -32,8 +33,9 @@ class DropBlocks:
     """Removes `count` whole blocks of the model that it is called with: those that change what passes through them least.
 
     Saves all that the blocks cost, in every runtime: parameters, memory, MACs and time; depth that is gone costs accuracy,
-    which training wins back. Blocks are the modules of a ModuleList or Sequential that have layers
-    of their own and give a tensor of their first input's shape (`layers` and `keep` are globs on their names). By `influence` all are ranked at once; by `error` one goes
+    which training wins back. Blocks are the modules of a ModuleList or Sequential, and those
+    that a glob of `layers` other than `*` names, that have layers of their own and give a tensor of their first input's
+    shape; `keep` are globs on those that stay. By `influence` all are ranked at once; by `error` one goes
     after the other, each time the one whose absence moves the model's answers least on `batches` batches of the task's
     calibration data (or else its training data, or else `example_inputs`).
 
@@ -68,9 +70,10 @@ class DropBlocks:
     def __call__(self, model: nn.Module, task: Task, stage: Stage) -> Plan:
         model = unwrap(model)
         data, forward = _data(task, self.batches)
-        found, reasons = blocks(model, data[0], forward)
-        select([*found, *reasons], self.layers, option="layers")
-        select([*found, *reasons], self.keep, option="keep")
+        named = [glob for glob in self.layers if glob.strip("*")]
+        for option, globs in (("layers", named), ("keep", self.keep)):
+            select([name for name, _ in model.named_modules() if name], globs, option=option)
+        found, reasons = blocks(model, data[0], forward, named)
         for name in list(found):
             if not matches(name, self.layers) or matches(name, self.keep):
                 reasons[name] = "keep names it" if matches(name, self.keep) else "no glob of layers names it"
@@ -124,11 +127,14 @@ def _nested(one: str, other: str) -> bool:
     return one == other or one.startswith(f"{other}.") or other.startswith(f"{one}.")
 
 
-def blocks(model: nn.Module, batch: Any, forward: Any) -> tuple[dict[str, str], dict[str, str]]:
+def blocks(
+    model: nn.Module, batch: Any, forward: Any, named: Sequence[str] = ()
+) -> tuple[dict[str, str], dict[str, str]]:
     """Blocks that can be skipped, each with the swap that does it (`skip`, or `skip_tuple` where it answers with a tuple),
-    and modules of the same lists that cannot, each with the reason. Seen in one forward; the model is left as it was."""
+    and other modules of lists, or `named` by globs, with the reason. Seen in one forward; the model is left as it was."""
     lists = [(name, m) for name, m in model.named_modules() if isinstance(m, nn.ModuleList | nn.Sequential)]
     names = {child: f"{name}.{leaf}".lstrip(".") for name, held in lists for leaf, child in held.named_children()}
+    names |= {m: name for name, m in model.named_modules() if any(fnmatchcase(name, glob) for glob in named)}
     found: dict[str, str] = {}
     reasons: dict[str, str] = {}
     calls: dict[str, int] = {}

@@ -19,7 +19,7 @@ from featherweight.correct.surroundings import state_tensors, undone_on_error
 from featherweight.edits import cut
 from featherweight.errors import DataError, NumericalError, OptionError, check_whole
 from featherweight.graph import Group, Trace, trace
-from featherweight.layers import unwrap
+from featherweight.layers import existing_zeros, unwrap
 from featherweight.plan import Plan
 from featherweight.prune.channels.decide import Decision, decide, prices_of
 from featherweight.prune.channels.events import events_of
@@ -148,7 +148,11 @@ class PruneChannels(ChannelOptions):
         held_out: Sequence[Any],
         task: Task,
     ) -> str:
-        masks = masks_of(dict(model.named_parameters(remove_duplicate=False)), groups, gone)
+        parameters = dict(model.named_parameters(remove_duplicate=False))
+        masks = masks_of(parameters, groups, gone)
+        for weight, pruned in existing_zeros(dense):  # what an earlier stage made stays too
+            parameter = parameters[weight.name]
+            masks[parameter] = masks[parameter] | pruned if parameter in masks else pruned
         cut_groups = [group for group in groups if gone[group.name].any()]
         read = {member.tensor for group in cut_groups for member in group.members if member.role == "input"}
         weights = [parameter for name, parameter in model.named_parameters() if name in read]
