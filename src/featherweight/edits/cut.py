@@ -233,7 +233,7 @@ def _mended(
         judged = _Judge(before, plan, inputs, seed, read)
         found = choose(
             judged.model,
-            candidates(judged.model, trace, kept),
+            candidates(judged.model, trace, kept, plan),
             judged,
             40 if not swaps and _fused(before, edits) else 200,
         )

@@ -63,34 +63,51 @@ def value_of(module: nn.Module, leaf: str) -> Tensor:
 
 
 @torch.no_grad()
-def put(module: nn.Module, leaf: str, value: Tensor, name: str) -> None:
+def put(module: nn.Module, leaf: str, value: Tensor, name: str, axis: int = 0, keep: Tensor | None = None) -> None:
     """Gives the parameters behind a computed tensor the values that make it `value`; their gradients are dropped.
 
-    Raises `EditError`, with everything as it was, where the parametrization cannot take that value.
+    Through `right_inverse`; if that fails and `value` is what is kept of an axis, by cutting that axis off the
+    parameters themselves, which serves elementwise ones. Raises `EditError`, with everything as it was, where neither
+    makes the module compute that value.
     """
     targets = behind(module, leaf)
     state = [*targets, *(_list(module, leaf).buffers() if parametrize.is_parametrized(module, leaf) else ())]
     saved = [(tensor, tensor.data.clone()) for tensor in state]
-    try:
-        for target, part in zip(targets, _inverse(module, leaf, value), strict=True):
-            reshape_in_place(target, part.to(target.dtype))
-        now = value_of(module, leaf)
-        slack = 64 * torch.finfo(value.dtype).eps * float(value.abs().amax())
-        if now.shape != value.shape or not bool((now - value).abs().le(slack).all()):
-            raise ValueError("it computes something else from what its right_inverse makes of the part")
-    except Exception as error:
-        for tensor, old in saved:
-            reshape_in_place(tensor, old)
+    whole = value_of(module, leaf).shape
+    failure: Exception | None = None
+    for index in (None,) if keep is None else (None, keep):
+        try:
+            parts: Sequence[Tensor] = (
+                _inverse(module, leaf, value)
+                if index is None
+                else [t.data.index_select(axis, index) if t.shape == whole else t.data for t in targets]
+            )
+            for target, part in zip(targets, parts, strict=True):
+                reshape_in_place(target, part.to(target.dtype))
+            _check_computed(module, leaf, value)
+            break
+        except Exception as error:
+            failure = failure or error
+            for tensor, old in saved:
+                reshape_in_place(tensor, old)
+    else:
         raise EditError(
-            f"{name} is computed by a parametrization that cannot be cut ({type(error).__name__}: {error}). Remove it "
+            f"{name} is computed by a parametrization that cannot be cut ({type(failure).__name__}: {failure}). Remove it "
             "first: torch.nn.utils.parametrize.remove_parametrizations, or its like; then put it on again."
-        ) from error
+        ) from failure
     for target in targets:
         target.grad = None
     norm = _weight_norm(module, leaf)
     if norm is not None:
         with torch.enable_grad():
             setattr(module, leaf, norm.compute_weight(module))
+
+
+def _check_computed(module: nn.Module, leaf: str, value: Tensor) -> None:
+    now = value_of(module, leaf)
+    slack = 64 * torch.finfo(value.dtype).eps * float(value.abs().amax())
+    if now.shape != value.shape or not bool((now - value).abs().le(slack).all()):
+        raise ValueError("it computes something else from what its right_inverse makes of the part")
 
 
 def reshape_in_place(tensor: Tensor, values: Tensor) -> None:

@@ -10,7 +10,7 @@ not needed is taken back. Whether a set is right is for the caller's judge to sa
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from torch import nn
@@ -20,7 +20,7 @@ from featherweight.edits.find import find_module
 from featherweight.edits.self_attention import SelfAttention
 from featherweight.edits.swap import Attention
 from featherweight.graph import Trace
-from featherweight.plan import Attribute
+from featherweight.plan import Attribute, Edit, Slice
 
 __all__ = ["Candidate", "Finding", "candidates", "choose"]
 
@@ -31,6 +31,7 @@ _OPEN: tuple[tuple[type[nn.Module], tuple[str, ...]], ...] = (
     (nn.GroupNorm, ("num_channels", "num_groups")),
     (nn.Unflatten, ("unflattened_size",)),
     (nn.ChannelShuffle, ("groups",)),
+    (nn.Transformer, ("d_model",)),
 )
 
 
@@ -68,15 +69,21 @@ Choice = Mapping[Candidate, int]
 Judge = Callable[[Sequence[Attribute]], Finding]
 
 
-def candidates(model: nn.Module, trace: Trace, kept: Mapping[str, int]) -> list[Candidate]:
-    """The numbers in a model, already sliced, that equal a size which the cut changes; the nearest first."""
+def candidates(model: nn.Module, trace: Trace, kept: Mapping[str, int], edits: Iterable[Edit]) -> list[Candidate]:
+    """The numbers in a model, already sliced by `edits`, that equal a size which the cut changes; the nearest first."""
     sizes: dict[str, dict[int, list[int]]] = {}
+
+    def note(layer: str, old: int, new: int) -> None:
+        known = sizes.setdefault(layer, {}).setdefault(old, [])
+        if new not in known:
+            known.append(new)
+
     for op in trace.ops:
-        of_layer = sizes.setdefault(op.layer, {})
         for size in op.output:
-            old, new = size.left({}, trace.sizes), size.left(kept, trace.sizes)
-            if new not in of_layer.setdefault(old, []):
-                of_layer[old].append(new)
+            note(op.layer, size.left({}, trace.sizes), size.left(kept, trace.sizes))
+    for edit in edits:  # of an operation with several results, such as a split, a trace tells the first one's sizes
+        if isinstance(edit, Slice) and edit.tensor in trace.shapes:
+            note(edit.tensor.rpartition(".")[0], trace.shapes[edit.tensor][edit.axis], len(edit.keep))
     around: dict[str, dict[int, list[int]]] = {}
     for layer, changes in sizes.items():
         for name in _ancestors(layer):

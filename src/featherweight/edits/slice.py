@@ -40,7 +40,8 @@ def apply_slice(model: nn.Module, edit: Slice) -> None:
     # All that may be refused is worked out before anything is changed.
     if is_computed(owner, leaf):
         changes = [(owner, _sizes(owner, leaf, tensor.shape, edit))]
-        put(owner, leaf, tensor.index_select(axis, torch.tensor(keep, device=tensor.device)), edit.tensor)
+        index = torch.tensor(keep, device=tensor.device)
+        put(owner, leaf, tensor.index_select(axis, index), edit.tensor, axis, index)
     else:
         changes = [
             (module, _sizes(module, name, tensor.shape, edit))

@@ -3,7 +3,7 @@
 
 In float64, on two sets of weights: those that the model has, and random ones, since a network fresh from its
 constructor hides much behind zeros and equal numbers (a layer scale of 1e-6 hides its whole branch). Zeros are set
-everywhere, and once more only where channels are made or only where they are read, so that a wrong pairing of the two
+everywhere, and once more in a part only (where channels are made, or where they are read), so that a wrong pairing
 cannot prove itself. Norms over channels see other statistics after a cut, in any method: theirs are held at the
 uncut model's in all runs, and listed.
 """
@@ -39,8 +39,8 @@ class Verified:
     """A proof: the largest difference from the masked model, relative to the largest entry of that output.
 
     `held` are norms and means over cut channels, with operation and line: their statistics change with the cut, and
-    were held for the proof. `unseen` are cut tensors that these inputs' outputs do not depend on. `sides` says which
-    half of the zeros agreed besides all of them, on random weights and on the model's own.
+    were held for the proof. `unseen` are cut tensors that these inputs' outputs do not depend on. `parts` says which
+    part of the zeros agreed besides all of them, on random weights and on the model's own.
     """
 
     error: float
@@ -48,7 +48,7 @@ class Verified:
     tolerance: float
     held: tuple[str, ...]
     unseen: tuple[str, ...]
-    sides: tuple[str, ...]
+    parts: tuple[str, ...]
     notes: tuple[str, ...]
 
 
@@ -103,7 +103,7 @@ def verify(
     unseen = tuple(name for name, is_seen in seen.items() if not is_seen)
     error, output = max((proof.error, proof.output) for proof in proofs)
     held = tuple(dict.fromkeys(line for proof in proofs for line in proof.held))
-    return Verified(error, output, tolerance, held, unseen, tuple(proof.side for proof in proofs), tuple(notes))
+    return Verified(error, output, tolerance, held, unseen, tuple(proof.part for proof in proofs), tuple(notes))
 
 
 @dataclass(frozen=True)
@@ -111,7 +111,7 @@ class _Proof:
     error: float
     output: str
     held: tuple[str, ...]
-    side: str
+    part: str
 
 
 class Oracle:
@@ -143,6 +143,12 @@ class Oracle:
     @property
     def finite(self) -> bool:
         return all(bool(t.isfinite().any()) and not bool(t.isnan().any()) for t in self.answers.values())
+
+    @property
+    def parts(self) -> list[Side]:
+        """The parts of the zeros that are some of them and not all."""
+        sides: tuple[Side, ...] = ("where read", "where made", "in weights")
+        return [side for side in sides if len({one.stands(side) for one in self.lost}) == 2]
 
     def masked(self, side: Side, hold: frozenset[int]) -> dict[str, Tensor]:
         """What the uncut model answers with zeros on that side, and these statistics held."""
@@ -183,10 +189,12 @@ class Oracle:
             if error > tolerance:
                 failures.append("the model with the cut positions set to zero")
                 continue
-            for side in ("where read", "where made"):
+            for side in self.parts:
                 if self.compare(after, side, sums)[0] <= tolerance:
                     return _Proof(error, output, tuple(exact.held.values()), side)
-            failures.append("either half of its zeros (only where channels are made, only where they are read)")
+            failures.append(
+                "with zeros in a part (only where channels are made, only where they are read, only in weights)"
+            )
         layer = first_difference(self, after, tolerance)
         raise VerifyError(
             f"the cut model does not answer as {failures[0]}: {worst[1]} differs by {worst[0]:.1e} of its largest "

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """The uncut model with what a plan cuts set to zero: what a cut has to answer like.
 
-Read from the edits alone. The positions are zero everywhere, or only on the axes that layers contract (a Linear's
-columns), or only on the others (its rows, biases, norms): a plan that pairs a channel with the wrong column answers
-like the first by construction, never like either half.
+Read from the edits alone. The positions are zero everywhere, or only in a part: on the axes that layers contract (a
+Linear's columns), on the others (its rows, biases, norms), or in all but biases and norms. Where channels are made in
+one place and read in another, a plan that pairs them wrongly cannot answer like a part.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -25,7 +25,7 @@ from featherweight.plan import Attribute, Edit, Slice, Swap
 
 __all__ = ["Lost", "Side", "prepare", "zeros"]
 
-Side = Literal["everywhere", "where made", "where read"]
+Side = Literal["everywhere", "where read", "where made", "in weights"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -38,6 +38,12 @@ class Lost:
     kept: Tensor
     read: bool
     computed: bool
+
+    def stands(self, side: Side) -> bool:
+        """Whether that part of the zeros is in this tensor: "in weights" means all but biases, norms and statistics."""
+        if side == "in weights":
+            return self.tensor.ndim > 1
+        return side == "everywhere" or self.read == (side == "where read")
 
     @property
     def dropped(self) -> Tensor:
@@ -81,7 +87,7 @@ def prepare(model: nn.Module, edits: Iterable[Edit], read: Collection[tuple[str,
 @contextlib.contextmanager
 def zeros(lost: Iterable[Lost], side: Side) -> Iterator[None]:
     """The dropped positions are zero inside, and what they were again outside."""
-    chosen = [one for one in lost if side == "everywhere" or one.read == (side == "where read")]
+    chosen = [one for one in lost if one.stands(side)]
     saved = {id(one.tensor): (one.tensor, one.tensor.data) for one in chosen}
     try:
         for tensor, data in saved.values():
@@ -95,12 +101,22 @@ def zeros(lost: Iterable[Lost], side: Side) -> Iterator[None]:
 
 
 def _make_plain(module: nn.Module, leaf: str) -> None:
-    value = value_of(module, leaf)
-    if parametrize.is_parametrized(module, leaf):
-        parametrize.remove_parametrizations(module, leaf, leave_parametrized=True)
-    else:
+    """In place of torch's own `remove_parametrizations`, which edits the class that all copies of a module share."""
+    if not parametrize.is_parametrized(module, leaf):
+        value = value_of(module, leaf)
         remove_weight_norm(module, leaf)
-    getattr(module, leaf).data = value
+        getattr(module, leaf).data = value
+        return
+    lists: Any = module.parametrizations
+    values = {name: value_of(module, name) for name in lists}
+    originals = {name: isinstance(next(iter(lists[name].parameters()), None), nn.Parameter) for name in lists}
+    del module.parametrizations
+    module.__class__ = type(module).__bases__[0]
+    for name, value in values.items():
+        if originals[name]:
+            module.register_parameter(name, nn.Parameter(value))
+        else:
+            module.register_buffer(name, value)
 
 
 def _contracts(module: nn.Module, leaf: str, axis: int) -> bool:
