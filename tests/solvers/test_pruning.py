@@ -8,7 +8,7 @@ import torch
 
 from featherweight.errors import OptionError
 from featherweight.patterns import Pattern
-from featherweight.solvers import PRUNERS, prune, pruning
+from featherweight.solvers import PRUNERS, layer_loss, prune
 from tests.solvers.problems import layer, output_error
 
 SINGLE = list(PRUNERS)
@@ -113,15 +113,32 @@ def test_a_budget_too_small_for_the_search_is_said() -> None:
     assert "magnitude+refit only" in prune(W, H, "weight", 0.5, work=0.0).notes[0]
 
 
-def test_where_the_exact_refit_is_too_dear_gradients_end_at_the_same_weights(monkeypatch: pytest.MonkeyPatch) -> None:
-    W, H, _ = layer(8, 40)
-    exact = prune(W, H, "weight", 0.5, solver="admm")
-    monkeypatch.setattr(pruning, "_gradients_work", lambda problem: 0.0)
-    monkeypatch.setattr(pruning, "refit_rows", None)
-    near = prune(W, H, "weight", 0.5, solver="admm")
-    assert torch.equal(near.pruned, exact.pruned)
-    assert torch.allclose(near.weights, exact.weights, rtol=1e-5, atol=1e-7)
-    assert near.work < exact.work
+@pytest.mark.parametrize("solver", ["magnitude", "wanda", "admm", "best"])
+@pytest.mark.parametrize("judged", [False, True])
+def test_dead_inputs_change_nothing_for_the_live_ones(solver: str, judged: bool) -> None:
+    """The live columns are solved as if there were no others, with the zeros that are left for them."""
+    W, H, _ = layer(6, 20)
+    live = torch.tensor([i for i in range(20) if i % 4 != 1])
+    wide, broad = torch.full((6, 20), 3.0, dtype=torch.float64), torch.zeros(20, 20, dtype=torch.float64)
+    wide[:, live], broad[live[:, None], live] = W[:, :15], H[:15, :15]
+    seen = []
+
+    def judge(V: torch.Tensor) -> float:
+        seen.append(V)
+        return layer_loss(W[:, :15], V if V.shape[1] == 15 else V[:, live], 1.5 * H[:15, :15])
+
+    options = {"solver": solver, "judge": judge if judged else None}
+    alone = prune(W[:, :15], H[:15, :15], "weight", 42 / 90, **options)
+    found = prune(wide, broad, "weight", (42 + 30) / 120, **options)
+    assert int(found.pruned.sum()) == 72
+    assert torch.equal(found.pruned, found.weights == 0)
+    torch.testing.assert_close(found.weights[:, live], alone.weights)
+    assert (found.solver, found.losses, found.judged) == (
+        alone.solver,
+        pytest.approx(alone.losses),
+        pytest.approx(alone.judged),
+    )
+    assert all(V.shape == (6, 20) for V in seen[len(seen) // 2 :])
 
 
 @pytest.mark.parametrize(("pattern", "sparsity"), [("weight", 0.5), ("weight", 0.8), ("2:4", None), ("1x4", 0.5)])

@@ -1,12 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
 """The refit is numpy's least squares on the inputs, for any mask, in any batch."""
 
+import importlib
+from collections.abc import Callable
+
 import numpy as np
 import pytest
 import torch
 
 from featherweight.errors import NumericalError, OptionError
-from featherweight.solvers import refit
+from featherweight.solvers import damp, refit
+from featherweight.solvers.deflation import Deflated
+from featherweight.solvers.hessian import row_losses
 from tests.solvers.problems import best_values, layer
 
 
@@ -59,6 +64,72 @@ def test_the_weights_that_were_given_are_not_changed() -> None:
     before = W.clone()
     refit(W, H, masks(4, 12)["half"])
     assert torch.equal(W, before)
+
+
+@pytest.fixture
+def large_is(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
+    """Sets the least d that is refitted by products."""
+    return lambda least: monkeypatch.setattr(importlib.import_module("featherweight.solvers.refit"), "_LEAST", least)
+
+
+@pytest.mark.parametrize("damping", [1e-2, 1e-6])
+@pytest.mark.parametrize("budget_bytes", [1, 1 << 30])
+def test_rows_refitted_by_products_are_within_a_millionth_of_the_least_loss(
+    large_is: Callable[[int], None], damping: float, budget_bytes: int
+) -> None:
+    """Oracle: a factorization for each row; rows of every share of zeros, none and all among them."""
+    W, H, _ = layer(40, 160, samples=200)
+    damped = damp(H, damping)
+    draw = torch.rand(40, 160, generator=torch.Generator().manual_seed(1))
+    pruned = draw < torch.linspace(0, 1, 40)[:, None]
+    large_is(1000)
+    exact = refit(W, H, pruned, damping, budget_bytes)
+    large_is(1)
+    V, done = importlib.import_module("featherweight.solvers.refit")._by_products(W, damped, pruned, budget_bytes)
+    assert float(done.float().mean()) > (0.99 if damping > 1e-3 else 0.9), "nearly singular, some are left to factors"
+    assert not V[pruned].any()
+    least, found = (row_losses(W, one, damped.H) for one in (exact, V))
+    energy = row_losses(W, torch.zeros_like(W), damped.H)
+    assert bool((found <= least * (1 + 4e-6) + 1e-11 * energy)[done].all())
+    assert float(found.sum()) >= float(least.sum()) * (1 - 1e-9)
+
+
+def test_rows_that_products_do_not_bring_there_are_factorized(
+    large_is: Callable[[int], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    W, H, _ = layer(24, 256)
+    pruned = torch.rand(24, 256, generator=torch.Generator().manual_seed(1)) < 0.5
+    large_is(1000)
+    exact = refit(W, H, pruned)
+    large_is(1)
+    calls = []
+    by_products = Deflated.refit
+
+    def halfway(self: Deflated, *problem: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        V, done = by_products(self, *problem)
+        calls.append(len(V))
+        V[::2], done[::2] = torch.nan, False
+        return V, done
+
+    monkeypatch.setattr(Deflated, "refit", halfway)
+    monkeypatch.setattr(importlib.import_module("featherweight.solvers.refit"), "products_work", lambda rows, d: 0.0)
+    V = refit(W, H, pruned)
+    assert calls == [24]
+    torch.testing.assert_close(V[::2], exact[::2])
+    torch.testing.assert_close(V, exact, rtol=1e-2, atol=1e-3)
+
+
+def test_products_serve_many_masks_of_many_weights_and_factors_all_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rows of one mask share one factor, and few zeros or few weights make small ones."""
+    module = importlib.import_module("featherweight.solvers.refit")
+    taken = []
+    monkeypatch.setattr(module, "_by_products", lambda W, *rest: (taken.append(True) or W, torch.ones(len(W)).bool()))
+    W, H = torch.ones(600, 512, dtype=torch.float64), torch.eye(512, dtype=torch.float64)
+    draw = torch.rand(600, 512, generator=torch.Generator().manual_seed(1))
+    for pruned, expected in ((draw < 0.5, True), (draw < 0.1, False), (draw < 0.9, False), (draw[:1] < 0.5, False)):
+        taken.clear()
+        refit(W, H, pruned.expand(600, -1).contiguous())
+        assert bool(taken) == expected
 
 
 def test_misfits_are_refused_by_name() -> None:

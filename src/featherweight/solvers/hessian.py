@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 
 import torch
 from torch import Tensor
@@ -141,12 +142,13 @@ def _well_posed(factor: Tensor) -> bool:
 def _check(H: Tensor) -> None:
     if H.ndim != 2 or H.shape[0] != H.shape[1] or H.shape[0] == 0 or not H.is_floating_point():
         raise OptionError(f"H must be a floating-point matrix (d, d), 2 X Xᵀ / samples; got {_words(H)}.")
-    if not bool(torch.isfinite(H).all()):
+    least, most = torch.aminmax(H)  # NaN where there is one
+    largest = max(-float(least), float(most))
+    if not math.isfinite(float(most) - float(least)):
         raise NumericalError(
             f"H ({len(H)} x {len(H)}) holds NaN or infinity: a calibration batch or an activation does."
         )
-    largest = float(H.abs().max())
-    if float((H - H.T).abs().max()) > 1e-3 * largest or float(H.diagonal().min()) < -1e-6 * largest:
+    if float((H - H.T).max()) > 1e-3 * largest or float(H.diagonal().min()) < -1e-6 * largest:
         raise NumericalError(
             f"H ({len(H)} x {len(H)}) is not symmetric with a diagonal >= 0, so it is not 2 X Xᵀ / samples."
         )

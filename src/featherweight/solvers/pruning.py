@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,18 +19,13 @@ from featherweight.solvers import baselines
 from featherweight.solvers.admm import admm_mask
 from featherweight.solvers.contest import Judge, Rules, affordable, climb, contest, entrants
 from featherweight.solvers.exact_obs import eliminate
-from featherweight.solvers.gradients import refit_by_gradients
 from featherweight.solvers.hessian import Damped, damp, layer_loss
 from featherweight.solvers.problem import Pruning, pruning
-from featherweight.solvers.refit import refit_rows
+from featherweight.solvers.refit import products_work, refit_rows
 from featherweight.solvers.swap import swap
 from featherweight.solvers.units import ColumnSets
 
 __all__ = ["PRUNERS", "Pruned", "Pruner", "prune"]
-
-# Where an exact refit would cost more than so many iterations of conjugate gradients (from d = 1900 on, of half the
-# weights), they take its place. On synthetic layers 40 iterations end within 1e-4 of the least loss.
-_GRADIENTS = 80
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -96,6 +92,11 @@ def prune(
     (tensor([[0.0000, 2.9000]]), 0.095)
     """
     problem = pruning(W, H, pattern, sparsity, run=run, damping=damping, budget_bytes=budget_bytes)
+    dead = problem.damped.dead
+    alone = problem.units.rows == 1 and problem.units.quota is None and problem.units.columns.shape == (problem.d, 1)
+    if alone and bool(dead.any()) and not bool(dead.all()):
+        options = {"solver": solver, "damping": damping, "budget_bytes": budget_bytes, "work": work}
+        return _beside_dead(W, H, problem, judge, options)
     rules = Rules(lambda V: layer_loss(W, V, H), judge, _SIMPLE, lambda name: PRUNERS[name].work(problem), work)
     names = entrants(solver, lambda: _best(problem, rules), PRUNERS, rules)
 
@@ -120,6 +121,27 @@ def prune(
         damped.damping,
         (*problem.damped.notes, *_unpaid(solver, names, rules), *found.notes),
     )
+
+
+def _beside_dead(W: Tensor, H: Tensor, problem: Pruning, judge: Judge | None, options: dict[str, Any]) -> Pruned:
+    """Single weights of dead inputs go first, the smallest of them where not all must, and only the live are solved."""
+    dead, room = problem.damped.dead, problem.rows * int(problem.damped.dead.sum())
+    pruned = dead.expand(W.shape).clone()
+    if problem.zeros < room:
+        price = torch.where(pruned, W.abs(), torch.inf).flatten()
+        lowest = price.argsort(stable=True)[: problem.zeros]
+        pruned = torch.zeros_like(price, dtype=torch.bool).scatter_(0, lowest, True).view(W.shape)
+    live = (~dead).nonzero()[:, 0]
+
+    def whole(part: Tensor) -> Tensor:
+        return W.masked_fill(pruned, 0.0).index_copy(1, live, part.to(W.dtype))
+
+    judged = None if judge is None else lambda part: judge(whole(part))
+    share = max(0, problem.zeros - room) / (W.numel() - room)
+    found = prune(W[:, live], H[live][:, live], "weight", share, judge=judged, **options)
+    notes = problem.damped.notes + tuple(note for note in found.notes if note not in problem.damped.notes)
+    pruned[:, live] = found.pruned
+    return dataclasses.replace(found, weights=whole(found.weights), pruned=pruned, notes=notes)
 
 
 def _unpaid(solver: str, names: list[str], rules: Rules) -> tuple[str, ...]:
@@ -150,11 +172,7 @@ def _refitted(choose: Callable[[Pruning], Tensor]) -> Callable[[Pruning], tuple[
 
     def solve(problem: Pruning) -> tuple[Tensor, Tensor]:
         pruned = choose(problem)
-        if _exact_refit_work(problem) <= _gradients_work(problem):
-            return refit_rows(problem.W, problem.damped, pruned, problem.budget_bytes), pruned
-        H = problem.damped.H
-        right = problem.W @ H
-        return refit_by_gradients(lambda V: V @ H, right, problem.W, pruned, _GRADIENTS, 1e-8, H.diagonal()), pruned
+        return refit_rows(problem.W, problem.damped, pruned, problem.budget_bytes), pruned
 
     return solve
 
@@ -181,17 +199,10 @@ def _kept(problem: Pruning) -> float:
 
 
 def _refit_work(problem: Pruning) -> float:
-    return min(_exact_refit_work(problem), _gradients_work(problem))
-
-
-def _exact_refit_work(problem: Pruning) -> float:
     smaller = min(_kept(problem), problem.d - _kept(problem))
-    factors = 1 if problem.units.rows >= problem.rows else problem.rows / problem.units.rows
-    return (factors * smaller**3 / 3 + problem.rows * problem.d**2) / 1e9
-
-
-def _gradients_work(problem: Pruning) -> float:
-    return _GRADIENTS * _sweep(problem)
+    masks = 1 if problem.units.rows >= problem.rows else problem.rows / problem.units.rows
+    factors = masks * smaller**3 / 3 + problem.rows * problem.d**2
+    return min(factors, products_work(problem.rows, problem.d)) / 1e9
 
 
 def _obs_work(problem: Pruning) -> float:
