@@ -141,7 +141,7 @@ SHELF = (
         down_ops=[["Subsample", 8, 4, 2, 2, 2], ["Subsample", 8, 6, 2, 2, 2]],
         pixels=64,
     ),
-    _classifier("cvt", "Cvt", embed_dim=[16, 32, 48], num_heads=[1, 2, 4], depth=[1, 1, 2], pixels=64),
+    _classifier("cvt", "Cvt", embed_dim=[16, 32, 48], num_heads=[1, 2, 4], depth=[1, 2, 3], pixels=64),
     _classifier(
         "mobilevit",
         "MobileViT",

@@ -1,0 +1,142 @@
+# SPDX-License-Identifier: Apache-2.0
+"""docs/zoo.md from the results: the goals, the pass table, and what is frozen in which network and why."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+__all__ = ["write"]
+
+Facts = dict[str, Any]
+ENOUGH = 0.6
+
+_MARK = {"passed": "yes", "refused": "refused", "wrong": "**wrong**", "crashed": "**crash**", "hung": "**hang**"}
+
+
+def write(results: Sequence[Facts], page: Path, speed: Sequence[Facts] = ()) -> None:
+    """Puts each part between `<!-- NAME -->` and `<!-- end -->`; the words around them are written by hand."""
+    text = page.read_text(encoding="utf-8")
+    for name, body in (("goals", _goals(results)), ("table", _table(results)), ("frozen", _frozen(results))):
+        text = _replaced(text, name, body)
+    if speed:
+        text = _replaced(text, "speed", _speed(speed))
+    page.write_text(text, encoding="utf-8")
+
+
+def _replaced(text: str, name: str, body: str) -> str:
+    return re.sub(
+        rf"(<!-- {name} -->\n).*?(<!-- end -->)",
+        lambda marks: f"{marks[1]}\n{body}\n\n{marks[2]}",
+        text,
+        flags=re.DOTALL,
+    )
+
+
+def _speed(rows: Sequence[Facts]) -> str:
+    head = ["network", "operations", "groups", "torch.export", "combing beyond it", "goal"]
+    cells = [head, ["---"] * len(head)]
+    for row in rows:
+        goal = f"{row['goal']:.0f} s" if row["goal"] else ""
+        export, beyond = f"{row['export_seconds']:.1f} s", f"{row['beyond_seconds']:.1f} s"
+        cells.append([row["name"], str(row["operations"]), str(row["groups"]), export, beyond, goal])
+    return "\n".join(f"| {' | '.join(row)} |" for row in cells)
+
+
+def _goals(results: Sequence[Facts]) -> str:
+    reached = [facts for facts in results if _coverage(facts) >= ENOUGH and _outcome(facts, "everything") == "passed"]
+    unsafe = [facts for facts in results if facts["outcome"] in ("wrong", "crashed", "hung")]
+    cuts = [group[size] for facts in results for group in facts.get("groups", ()) for size in ("one", "share")]
+    exact = sum(one["outcome"] == "passed" for one in cuts)
+    seconds = sorted(facts["trace"]["seconds"] for facts in results if "trace" in facts)
+    lines = [
+        f"- {len(results)} architectures; {len(reached)} ({_percent(len(reached), len(results))}) prunable with at least "
+        f"{ENOUGH:.0%} of their conv and linear parameters in cuttable groups (goal: 95 %).",
+        f"- {len(results) - len(unsafe)} ({_percent(len(results) - len(unsafe), len(results))}) without a wrong result, a "
+        "crash or a hang (goal: 100 %).",
+        f"- {len(cuts)} cuts of single groups: {exact} proved, {len(cuts) - exact} refused, with the model left as it was.",
+        f"- Combing, torch.export included: median {seconds[len(seconds) // 2]:.1f} s, at most {seconds[-1]:.1f} s."
+        if seconds
+        else "",
+    ]
+    return "\n".join(line for line in lines if line)
+
+
+def _table(results: Sequence[Facts]) -> str:
+    head = [
+        "network",
+        "front",
+        "cuttable",
+        "groups",
+        "cuts proved",
+        "30 % of all",
+        "parameters left",
+        "trained",
+        "loaded",
+        "ONNX",
+    ]
+    rows = [head, ["---"] * len(head), *(_row(facts) for facts in results)]
+    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
+
+
+def _row(facts: Facts) -> list[str]:
+    trace, everything = facts.get("trace", {}), facts.get("everything", {})
+    cuts = [group[size] for group in facts.get("groups", ()) for size in ("one", "share")]
+    proved = sum(one["outcome"] == "passed" for one in cuts)
+    left = f"{everything['parameters'] / facts['parameters']:.0%}" if "parameters" in everything else "–"
+    return [
+        facts["label"],
+        trace.get("front", "none"),
+        f"{100 * _coverage(facts):.0f} %" if "coverage" in trace else "–",
+        str(trace.get("groups", "–")),
+        f"{proved} of {len(cuts)}",
+        _mark(facts, "everything"),
+        left,
+        _mark(facts, "training"),
+        _mark(facts, "loaded"),
+        _mark(facts, "onnx"),
+    ]
+
+
+def _mark(facts: Facts, step: str) -> str:
+    if facts.get("process", {}).get("outcome") and step not in facts:
+        return _MARK[facts["process"]["outcome"]]
+    if step not in facts:
+        return "–"
+    if facts.get(f"{step}_uncut", {}).get("outcome", "passed") != "passed":
+        return "nor uncut"
+    return _MARK[facts[step]["outcome"]]
+
+
+def _frozen(results: Sequence[Facts]) -> str:
+    """For each network below the goal, and for each refusal, the reason in its own words."""
+    lines = []
+    for facts in results:
+        frozen = facts.get("trace", {}).get("frozen", ())
+        if "trace" in facts and _coverage(facts) < ENOUGH and frozen:
+            reason, positions = next((each for each in frozen if not each[0].startswith("output")), frozen[0])
+            lines.append(
+                f"- **{facts['label']}** ({100 * _coverage(facts):.0f} %): {_plain(reason)}, {positions} positions"
+            )
+        if facts["outcome"] != "passed":
+            lines.append(f"- **{facts['label']}**, {facts['outcome']}: {_plain(facts['reason'])}")
+    return "\n".join(lines) or "None."
+
+
+def _plain(text: str) -> str:
+    """One line of Markdown that says just this: no tags, no links, no tables."""
+    return re.sub(r"\s+", " ", text).replace("|", "/").replace("<", "&lt;").replace("[", "\\[")[:300]
+
+
+def _coverage(facts: Facts) -> float:
+    return facts.get("trace", {}).get("coverage", 0.0)
+
+
+def _outcome(facts: Facts, step: str) -> str:
+    return facts.get(step, {}).get("outcome", "")
+
+
+def _percent(part: int, whole: int) -> str:
+    return f"{100 * part / whole:.0f} %" if whole else "–"

@@ -1,0 +1,140 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The part of the zoo that runs with every change: eight networks that stay, and four that change with the week.
+
+Each is combed, cut by 30 % everywhere, compared with the uncut network that has zeros there, and trained for a step.
+ZOO_WEEK=202648 picks the four of that week again.
+"""
+
+import copy
+import datetime
+import json
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from featherweight.errors import FeatherweightError
+from featherweight.graph import trace
+from tests.zoo import check, run
+from tests.zoo.architectures import architectures, find
+from tests.zoo.page import write
+
+FIXED = (
+    "densenet",
+    "shufflenet_v2",
+    "yolo",
+    "unet",
+    "lstm_language_model",
+    "torch_transformer",
+    "llama",
+    "swin",
+)
+ROTATING = 4
+
+
+def week() -> int:
+    year, number, _ = datetime.date.today().isocalendar()
+    return int(os.environ.get("ZOO_WEEK", 100 * year + number))
+
+
+def of_the_week(seed: int) -> list[str]:
+    others = [architecture.label for architecture in architectures() if architecture.label not in FIXED]
+    return [others[index] for index in np.random.default_rng(seed).choice(len(others), size=ROTATING, replace=False)]
+
+
+@pytest.mark.parametrize("label", FIXED)
+def test_a_network_that_loses_30_percent_everywhere_is_the_network_with_zeros_there_and_trains(label: str) -> None:
+    model, inputs = find(label).make()
+    found = trace(model, inputs)
+    assert check.coverage(model, found) >= 0.6
+    pruned = copy.deepcopy(model)
+    made, couplings = check.cut_share(pruned, inputs, found)
+    assert made.verified is not None
+    assert check.against_zeros(model, pruned, inputs, found, couplings).get("outcome") != "wrong"
+    before, after = (sum(p.numel() for p in each.parameters()) for each in (model, pruned))
+    assert after < 0.9 * before
+    check.train_one_step(pruned, inputs)
+
+
+@pytest.mark.parametrize("label", [pytest.param(label, id=f"{label}-week{week()}") for label in of_the_week(week())])
+def test_the_networks_of_the_week_are_cut_rightly_or_left_as_they_were(label: str) -> None:
+    model, inputs = find(label).make()
+    found = trace(model, inputs)
+    pruned = copy.deepcopy(model)
+    try:
+        _, couplings = check.cut_share(pruned, inputs, found)
+    except FeatherweightError:
+        assert check.untouched(model, pruned)
+        return
+    assert check.against_zeros(model, pruned, inputs, found, couplings).get("outcome") != "wrong"
+    check.train_one_step(pruned, inputs)
+
+
+def test_the_oracle_of_zeros_sees_a_cut_of_other_channels() -> None:
+    model, inputs = find("vgg").make()
+    found = trace(model, inputs)
+    pruned = copy.deepcopy(model)
+    _, couplings = check.cut_share(pruned, inputs, found)
+    assert check.against_zeros(model, pruned, inputs, found, couplings)["zeros"] < 1e-9
+    other = [found[coupling.group][(coupling.index + 1) % found[coupling.group].size] for coupling in couplings]
+    assert check.against_zeros(model, pruned, inputs, found, other)["outcome"] == "wrong"
+
+
+def test_there_are_at_least_sixty_architectures_each_with_a_label_of_its_own() -> None:
+    labels = [architecture.label for architecture in architectures()]
+    assert len(labels) == len(set(labels)) >= 60
+    assert set(FIXED) <= set(labels)
+
+
+def test_a_network_is_the_same_each_time_that_it_is_made_and_its_norms_are_not_trivial() -> None:
+    (one, inputs), (two, _) = find("vgg").make(), find("vgg").make()
+    assert all(torch.equal(a, b) for a, b in zip(one.state_dict().values(), two.state_dict().values(), strict=True))
+    norm = one.features[1]
+    for tensor, trivial in ((norm.weight, 1.0), (norm.bias, 0.0), (norm.running_mean, 0.0), (norm.running_var, 1.0)):
+        assert (tensor - trivial).abs().min() > 0 and tensor.std() > 0.05
+    assert check.outputs(one, inputs)[0].std() > 0.05
+
+
+def test_a_process_that_does_not_answer_in_time_has_hung_and_one_that_dies_has_crashed(tmp_path: Path) -> None:
+    assert run._process("vgg", tmp_path, 0.1, [])["process"]["outcome"] == "hung"
+    facts = run._process("no such network", tmp_path, 60.0, [])
+    assert facts["process"]["outcome"] == "crashed" and "no such network" in facts["process"]["reason"]
+
+
+def test_the_verdict_is_the_worst_step_and_blames_no_cut_for_what_the_uncut_network_fails_as_well() -> None:
+    good, bad = {"outcome": "passed"}, {"outcome": "crashed", "reason": "boom"}
+    wrong = {"outcome": "wrong", "reason": "differs"}
+    assert run.verdict({"trace": good, "onnx": good})["outcome"] == "passed"
+    assert run.verdict({"trace": good, "training": bad, "groups": [{"name": "a", "one": good, "share": wrong}]}) == {
+        "outcome": "wrong",
+        "reason": "a, share: differs",
+    }
+    assert run.verdict({"trace": good, "training": bad, "training_uncut": bad})["outcome"] == "passed"
+    assert run.verdict({"trace": good, "training": bad, "training_uncut": good})["outcome"] == "crashed"
+
+
+def test_the_page_counts_what_was_reached(tmp_path: Path) -> None:
+    page = tmp_path / "zoo.md"
+    page.write_text("<!-- goals -->\n<!-- end -->\n<!-- table -->\n<!-- end -->\n<!-- frozen -->\nold\n<!-- end -->\n")
+    group = {"name": "a", "one": {"outcome": "passed"}, "share": {"outcome": "refused", "reason": "no"}}
+    good = {
+        "label": "good",
+        "outcome": "passed",
+        "reason": "",
+        "parameters": 100,
+        "trace": {"outcome": "passed", "front": "export", "coverage": 0.9, "groups": 1, "seconds": 0.5, "frozen": []},
+        "groups": [group],
+        "everything": {"outcome": "passed", "parameters": 51},
+        "training": {"outcome": "passed"},
+        "loaded": {"outcome": "passed"},
+        "onnx": {"outcome": "refused"},
+        "onnx_uncut": {"outcome": "refused"},
+    }
+    hung = {"label": "bad", "outcome": "hung", "reason": "no answer", "process": {"outcome": "hung"}}
+    write(json.loads(json.dumps([good, hung])), page)
+    text = page.read_text()
+    assert "| good | export | 90 % | 1 | 1 of 2 | yes | 51% | yes | yes | nor uncut |" in text
+    assert "2 architectures; 1 (50 %) prunable" in text and "1 (50 %) without a wrong" in text
+    assert "**bad**, hung: no answer" in text and "old" not in text
