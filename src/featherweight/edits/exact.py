@@ -27,6 +27,7 @@ from featherweight.errors import EditError
 __all__ = ["Exact", "Statistic", "double", "run"]
 
 _ATEN = torch.ops.aten
+_TORCH = str(Path(torch.__file__).parent)
 _WIDE = {
     torch.float16: torch.float64,
     torch.bfloat16: torch.float64,
@@ -87,7 +88,8 @@ class Exact(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Promotes what runs inside it to float64, and records statistics; given others' records, holds to them.
 
     `hold` are the calls whose recorded values are used; `None` means: those whose axes have another size here than in
-    the record, sums among them only where `sums` says so. `held` are the calls where that came about, and where.
+    the record, sums among them only where `sums` says so. `held` are the calls where that came about, with operation
+    and layer.
     """
 
     def __init__(
@@ -99,6 +101,7 @@ class Exact(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self.sums = sums
         self.statistics: list[Statistic] = []
         self.held: dict[int, str] = {}
+        self.names: Mapping[int, str] = {}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -127,7 +130,7 @@ class Exact(TorchDispatchMode):  # type: ignore[no-untyped-call]
         alike = [t.shape for t in wanted.values] == [t.shape for t in self.statistics[k].values]
         if not alike or not (changed if self.hold is None else k in self.hold):
             return out
-        self.held[k] = f"{func._schema.name.removeprefix('aten::')} at {_source()}"
+        self.held[k] = f"{func._schema.name.removeprefix('aten::')} in {_place(self.names)}"
         if fused:
             return _normalise(func, args, wanted.values), *wanted.values
         return type(out)(wanted.values) if isinstance(out, tuple) else wanted.values[0]
@@ -159,18 +162,16 @@ def _normalise(func: Any, args: Sequence[Any], statistics: Sequence[Tensor]) -> 
     return out if bias is None else out + bias
 
 
-def _source() -> str:
-    """The line of the model's code, or of torch's modules, that is running."""
+def _place(names: Mapping[int, str]) -> str:
+    """The layer that is running, and the line, where it is not torch's own."""
     frame = sys._getframe(1)
-    skipped = (__file__, str(Path(torch.__file__).parent / "utils"), str(Path(torch.__file__).parent / "_"))
-    while frame.f_back is not None and frame.f_code.co_filename.startswith(skipped):
-        frame = frame.f_back
-    while frame.f_back is not None and frame.f_code.co_filename.endswith("torch/nn/functional.py"):
-        frame = frame.f_back
-    code = frame.f_code
-    owner = frame.f_locals.get("self")
-    where = f"{type(owner).__name__}.{code.co_name}" if isinstance(owner, nn.Module) else code.co_name
-    return f"{Path(code.co_filename).name}:{frame.f_lineno} in {where}"
+    while frame is not None and id(frame.f_locals.get("self")) not in names:
+        frame = frame.f_back  # type: ignore[assignment]
+    if frame is None:
+        return "the model"
+    layer, code = names[id(frame.f_locals["self"])] or "the model", frame.f_code
+    own = not code.co_filename.startswith(_TORCH)
+    return f"{layer}, {Path(code.co_filename).name}:{frame.f_lineno}" if own else layer
 
 
 def double(model: nn.Module) -> nn.Module:
@@ -207,6 +208,7 @@ def run(model: nn.Module, inputs: tuple[Any, ...] | Mapping[str, Any], exact: Ex
     device = next((t.device for t in (*model.parameters(), *model.buffers())), torch.device("cpu"))
     inputs = tree_map_only(Tensor, lambda t: _wide(t.detach().clone().to(device)), inputs)
     devices = [device] if device.type == "cuda" else []
+    exact.names = {id(module): name for name, module in model.named_modules()}
     with torch.random.fork_rng(devices=devices), _plain_kernels(), exact:
         torch.manual_seed(seed)
         return model(**inputs) if isinstance(inputs, Mapping) else model(*inputs)

@@ -90,6 +90,11 @@ def candidates(model: nn.Module, trace: Trace, kept: Mapping[str, int], edits: I
             for old, news in changes.items():
                 known = around.setdefault(name, {}).setdefault(old, [])
                 known.extend(new for new in news if new not in known)
+    for name, module in model.named_modules():
+        if isinstance(module, tuple(kind for kind, _ in _OPEN)):  # they show in no operation that changes a shape
+            inside = around.setdefault(name, {})
+            for old, news in around.get(name.rpartition(".")[0] if name else "", {}).items():
+                inside.setdefault(old, []).extend(news)
     found: dict[tuple[str, str, int | None, bool, bool], dict[str, tuple[int, ...]]] = {}
     for near, of in ((True, sizes), (False, around)):
         for layer, seen in of.items():
