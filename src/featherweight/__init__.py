@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from featherweight.distill import CIRKD, CWD, KL, Attention, Distill, Features
     from featherweight.edits import Cut, Verified, apply, cut, verify
     from featherweight.factorize import Factorize
+    from featherweight.graph import Coupling, Group, Trace, trace
     from featherweight.measure import Scorecard, count
     from featherweight.plan import Attribute, Factor, FakeQuant, Plan, Slice, Swap, Tie
     from featherweight.prune import GradualPruning, Prune
@@ -35,6 +36,7 @@ __all__ = [
     "Apply",
     "Attention",
     "Attribute",
+    "Coupling",
     "Cut",
     "Distill",
     "DropBlocks",
@@ -44,6 +46,7 @@ __all__ = [
     "Features",
     "GradualChannelPruning",
     "GradualPruning",
+    "Group",
     "Iterative",
     "Plan",
     "Prune",
@@ -57,6 +60,7 @@ __all__ = [
     "Swap",
     "Task",
     "Tie",
+    "Trace",
     "Train",
     "Until",
     "Verified",
@@ -68,6 +72,7 @@ __all__ = [
     "load",
     "load_recipe",
     "save",
+    "trace",
     "verify",
 ]
 
@@ -79,6 +84,7 @@ _HOMES = {
     "distill": ("CIRKD", "CWD", "KL", "Attention", "Distill", "Features"),
     "edits": ("Cut", "Verified", "apply", "cut", "verify"),
     "factorize": ("Factorize",),
+    "graph": ("Coupling", "Group", "Trace", "trace"),
     "measure": ("Scorecard", "count"),
     "plan": ("Attribute", "Factor", "FakeQuant", "Plan", "Slice", "Swap", "Tie"),
     "prune": ("GradualPruning", "Prune"),

@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import time
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from typing import Any, Literal
@@ -15,6 +14,7 @@ from torch import Tensor, nn
 from featherweight.errors import check_word
 from featherweight.graph.capture import capture
 from featherweight.graph.couplings import Frozen, Group, Member, Op, Size, Trace
+from featherweight.graph.limit import limited
 from featherweight.graph.rules import RULES
 from featherweight.graph.walk import Axis, Extent, Walk, describe
 
@@ -32,7 +32,7 @@ def trace(
 
     `inputs` are the positional arguments of one forward call, or a mapping of keyword arguments; small ones do. `grain`
     says what is cut of attention: whole `heads`, or the same positions of all heads (`dims`). The walk over the graph
-    takes time linear in its size and stops after `seconds`; torch.export's own time comes before that.
+    takes time linear in its size; with torch.export's own time it may take `seconds`, then it is stopped.
 
     The algorithm is Comb's (Comb, Prune, Distill, arXiv 2408.03046) on labels: every channel that a layer makes has one,
     data movement is executed on them, and what meets position by position becomes one class. An op without a rule
@@ -50,10 +50,10 @@ def trace(
     (50, 26)
     """
     check_word("trace", "grain", grain, ("heads", "dims"))
-    captured = capture(model, inputs)
-    walk = Walk(captured, grain, time.monotonic() + seconds)
-    walk.run(RULES)
-    return _Assembly(walk).trace()
+    with limited(seconds, "tracing the model") as deadline:
+        walk = Walk(capture(model, inputs), grain, deadline)
+        walk.run(RULES)
+        return _Assembly(walk).trace()
 
 
 class _Assembly:
