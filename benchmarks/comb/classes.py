@@ -13,7 +13,7 @@ from benchmarks.comb.runs import Setting, command, dense_row, found
 from benchmarks.gradual.plot import BLUE, GREEN, GREY, ORANGE
 
 WAYS = ("none", "kl", "cwd", "cirkd")
-SETTINGS = [Setting("unet 7", 0.8, distill=way) for way in WAYS]
+SETTINGS = [Setting("unet 7", 0.8, distill=way, of="parameters") for way in WAYS]
 
 
 def write() -> None:

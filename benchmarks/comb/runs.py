@@ -33,29 +33,25 @@ SELF = "itself"
 
 @dataclasses.dataclass(frozen=True)
 class Setting:
-    """What tells one run from another. `keep` is the share of MACs; `teacher` "itself" (unpruned) or another network."""
+    """What tells one run from another.
+
+    `keep` is the share that is left `of` macs or parameters; `teacher` is "itself" (unpruned) or another network.
+    """
 
     network: str
     keep: float = 0.5
     importance: str = "cpd"
     distill: str = "kl"
     teacher: str = SELF
+    of: str = "macs"
     seed: int = 0
     steps: int = 0  # 0: as many as the network has by default
 
     @property
     def name(self) -> str:
         """What its artefact is called."""
-        parts = (
-            self.network,
-            f"{self.keep:g}",
-            self.importance,
-            self.distill,
-            self.teacher,
-            self.seed,
-            self.steps or "",
-        )
-        return "-".join(str(part) for part in parts if part != "").replace(" ", "_")
+        parts = [str(getattr(self, field.name)) for field in dataclasses.fields(self)]
+        return "-".join(parts).replace(" ", "_")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -154,9 +150,16 @@ def pruned(setting: Setting) -> tuple[nn.Module, fw.Plan, Row]:
     return model.eval(), plan, {"texts": [event["text"] for event in events if event["kind"] in ("message", "unmet")]}
 
 
-def pruning(setting: Setting, steps: int) -> Any:
+def pruning(setting: Setting, steps: int) -> fw.GradualChannelPruning:
+    """From the second to the sixth tenth of the steps, while the learning rate is still above a third of its peak."""
+    task = work(NETWORKS[setting.network].task)
+    batch = task.batch(0, setting.seed + 2)
     return fw.GradualChannelPruning(
-        target={"macs": setting.keep}, importance=setting.importance, begin=steps // 10, end=6 * steps // 10
+        {setting.of: f"{100 * setting.keep:g} %"},
+        importance=setting.importance,
+        begin=steps // 10,
+        end=6 * steps // 10,
+        closure=lambda model: task.loss(model(batch[0]), batch),  # for curvature alone
     )
 
 

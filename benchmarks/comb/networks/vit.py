@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import gelu, scaled_dot_product_attention
+from torch.nn.functional import gelu, relu, scaled_dot_product_attention
+
+from benchmarks.comb.networks.convolutions import normed
 
 
 class Attention(nn.Module):
@@ -43,22 +45,23 @@ class Block(nn.Module):
 
 
 class ViT(nn.Module):
-    """Images [n, 1, 28, 28] as 49 patches of 4 x 4 and a class token; scores of 10 classes out."""
+    """Images [n, 1, 28, 28] as 7 x 7 tokens; scores of 10 classes out, from the tokens' mean.
 
-    def __init__(self, width: int = 96, depth: int = 4, heads: int = 6, patch: int = 4, classes: int = 10) -> None:
+    Three convolutions make the tokens (Xiao et al. 2021): with patches of 4 x 4 pixels, 3000 steps came to 80 % only.
+    """
+
+    def __init__(self, width: int = 64, depth: int = 4, heads: int = 4, classes: int = 10) -> None:
         super().__init__()
-        self.patches = nn.Conv2d(1, width, patch, patch)
-        self.token = nn.Parameter(torch.zeros(1, 1, width))
-        self.positions = nn.Parameter(0.02 * torch.randn(1, (28 // patch) ** 2 + 1, width))
+        self.stem1, self.stem1_bn = normed(1, width // 2, 3, 2)
+        self.stem2, self.stem2_bn = normed(width // 2, width // 2, 3)
+        self.patches = nn.Conv2d(width // 2, width, 3, 2, 1)
+        self.positions = nn.Parameter(0.02 * torch.randn(1, 49, width))
         self.blocks = nn.Sequential(*(Block(width, heads) for _ in range(depth)))
         self.norm, self.linear = nn.LayerNorm(width), nn.Linear(width, classes)
-        for module in self.modules():
-            if isinstance(module, nn.Linear):
-                nn.init.trunc_normal_(module.weight, std=0.02)
-                nn.init.zeros_(module.bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = self.patches(x).flatten(2).transpose(1, 2)
-        x = torch.cat((self.token.expand(x.shape[0], -1, -1), x), 1) + self.positions
-        result: Tensor = self.linear(self.norm(self.blocks(x))[:, 0])
+        x = relu(self.stem1_bn(self.stem1(x)))
+        x = self.patches(relu(self.stem2_bn(self.stem2(x))))
+        x = x.flatten(2).transpose(1, 2) + self.positions
+        result: Tensor = self.linear(self.norm(self.blocks(x)).mean(1))
         return result
