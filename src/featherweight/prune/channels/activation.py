@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from types import TracebackType
 from typing import Any
 
@@ -40,6 +40,7 @@ class InputNorms:
                 ]
         self._squares: dict[nn.Module, Tensor] = {}
         watched = {module for parts in self._parts.values() for module, _ in parts}
+        self._names: dict[Any, str] = {module: name for name, module in model.named_modules() if module in watched}
         self._hooks: list[Any] = [module.register_forward_pre_hook(self._read) for module in watched]
 
     def scores(self) -> dict[str, Tensor]:
@@ -53,6 +54,16 @@ class InputNorms:
             ]
             found[name] = torch.stack([one.cpu() for one in each]).sum(0)
         return found
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """What was read so far, by the name of the layer that read it."""
+        return {self._names[module]: squares.cpu().clone() for module, squares in self._squares.items()}
+
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        modules = {name: module for module, name in self._names.items()}
+        self._squares = {
+            modules[name]: squares.to(modules[name].weight.device, copy=True) for name, squares in state.items()
+        }
 
     def reset(self) -> None:
         """Forgets what was read."""

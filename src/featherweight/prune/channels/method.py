@@ -29,6 +29,7 @@ from featherweight.prune.channels.masks import couplings_gone, masks_of, zero_bu
 from featherweight.prune.channels.options import ChannelOptions
 from featherweight.prune.channels.refit import refit_consumers
 from featherweight.prune.channels.selection import choose_groups, refuse_nothing
+from featherweight.prune.channels.trial import that_can_be_cut
 from featherweight.task import Stage, Task, batches
 
 __all__ = ["PruneChannels"]
@@ -75,6 +76,8 @@ class PruneChannels(ChannelOptions):
         inputs = on_device(task.example_inputs, model)
         found = trace(model, inputs, grain=self.grain)  # type: ignore[arg-type]
         groups, reasons = choose_groups(model, found, self, masked=self.rounds > 1 or self.refit)
+        groups, failures = that_can_be_cut(model, found, groups, inputs, self.verify)
+        reasons |= failures
         refuse_nothing(groups, found, reasons)
         corrects = bool(data) and (self.refit or (self.batch_norm and bool(tracked_norms(model)[0])))
         dense = copy.deepcopy(model) if corrects else None

@@ -30,6 +30,7 @@ from featherweight.prune.channels.importance import OF_GATES, PER_SAMPLE
 from featherweight.prune.channels.latency import on_device
 from featherweight.prune.channels.masks import couplings_gone, masks_of, zero_buffers
 from featherweight.prune.channels.selection import choose_groups, refuse_nothing
+from featherweight.prune.channels.trial import that_can_be_cut
 from featherweight.prune.pruner import innermost
 from featherweight.prune.schedule import SCHEDULES, updates_at
 
@@ -77,8 +78,11 @@ class ChannelPruner:
         self._parameters: dict[str, nn.Parameter] = dict(self._model.named_parameters(remove_duplicate=False))
         self._groups, self.reasons = choose_groups(self._model, self.trace, options, masked=True)
         self._groups = self._those_that_can_be_scored()
+        inputs = on_device(example_inputs, self._model)
+        self._groups, failures = that_can_be_cut(self._model, self.trace, self._groups, inputs, options.verify)
+        self.reasons |= failures
         refuse_nothing(self._groups, self.trace, self.reasons)
-        self._prices = prices_of(self._model, self.trace, self._groups, options, on_device(example_inputs, self._model))
+        self._prices = prices_of(self._model, self.trace, self._groups, options, inputs)
         # From here on nothing raises, so that what cannot be attached leaves no hook behind.
         self._gone = {group.name: np.zeros(group.size, dtype=bool) for group in self._groups}
         self._zeros = Zeros(self._optimizer)
@@ -121,9 +125,7 @@ class ChannelPruner:
         self._zeros.enforce()
         self._zeros.release()
         self._be_deaf()
-        self._finalized = True
         couplings = couplings_gone(self._groups, self._gone)
-        notes: list[str] = []
         if couplings:
             self._model.zero_grad(set_to_none=True)
             done = cut(
@@ -135,7 +137,8 @@ class ChannelPruner:
                 verify=self.options.verify,
             )
             self._plan = done.plan
-        self.events = tuple(events_of(self.trace, self._gone, self.reasons, self._decision, notes))
+        self._finalized = True
+        self.events = tuple(events_of(self.trace, self._gone, self.reasons, self._decision))
         return self._plan
 
     def state_dict(self) -> dict[str, Any]:
@@ -146,6 +149,7 @@ class ChannelPruner:
             "pending": self._pending,
             "gone": {name: torch.from_numpy(gone.copy()) for name, gone in self._gone.items()},
             "gathered": {name: total.clone() for name, total in self._gathered.items()},
+            "read": self._watch.state_dict() if isinstance(self._watch, InputNorms) else {},
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -163,6 +167,8 @@ class ChannelPruner:
         self._step, self._pending = int(state["step"]), bool(state["pending"])
         self._gone = {name: gone.cpu().numpy().astype(bool) for name, gone in state["gone"].items()}
         self._gathered = {name: total.cpu().clone() for name, total in state["gathered"].items()}
+        if isinstance(self._watch, InputNorms):
+            self._watch.load_state_dict(state["read"])
         self._hold()
 
     def _refuse_finalized(self) -> None:
