@@ -46,10 +46,18 @@ def texts(events: list[dict[str, Any]], kind: str) -> str:
     return "\n".join(event["text"] for event in events if event["kind"] == kind)
 
 
-@pytest.mark.parametrize("ranking", ["greedy", "global", "local", "isomorphic"])
 @pytest.mark.parametrize(
-    "until",
-    [{"macs": "50 %"}, {"parameters": 2000}, {"bytes": "8 kB"}, {"memory": "60 %"}, {"macs": "90 %", "memory": "50 %"}],
+    ("until", "ranking"),
+    [
+        ({"macs": "50 %"}, "greedy"),
+        ({"macs": "50 %"}, "global"),
+        ({"macs": "50 %"}, "local"),
+        ({"macs": "50 %"}, "isomorphic"),
+        ({"parameters": 2000}, "greedy"),
+        ({"bytes": "8 kB"}, "greedy"),
+        ({"memory": "60 %"}, "local"),
+        ({"macs": "90 %", "memory": "50 %"}, "greedy"),
+    ],
 )
 def test_targets_are_met_within_two_percent(until: dict[str, Any], ranking: str) -> None:
     model = mlp()

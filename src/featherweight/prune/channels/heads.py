@@ -54,13 +54,18 @@ def head_groups(trace: Trace) -> list[Group]:
 
 
 def head_tables(
-    model: nn.Module, trace: Trace, evaluate: Evaluate, scores: Mapping[str, Sequence[float]] | None = None
+    model: nn.Module,
+    trace: Trace,
+    evaluate: Evaluate,
+    scores: Mapping[str, Sequence[float]] | None = None,
+    higher_is_better: bool = True,
 ) -> HeadTables:
     """Both tables. One evaluation for the model, one for each head, and one for each layer (with `scores`, the best head
     is the one that they rank highest) or each head again (the best is found by trying)."""
     model = unwrap(model)
     metric = _evaluated(model, evaluate)
-    return HeadTables(metric, without_each(model, trace, evaluate), only_best(model, trace, evaluate, scores))
+    without = without_each(model, trace, evaluate)
+    return HeadTables(metric, without, only_best(model, trace, evaluate, scores, higher_is_better))
 
 
 def without_each(model: nn.Module, trace: Trace, evaluate: Evaluate) -> dict[str, tuple[float, ...]]:
