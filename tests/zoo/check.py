@@ -49,7 +49,12 @@ def check(label: str, folder: Path, *, groups: bool = True, export: bool = True)
     facts["trace"] |= _describe(model, found)
     facts["groups"] = [_check_group(model, inputs, found, group) for group in found.groups if groups]
     pruned = copy.deepcopy(model)
-    made = _timed(facts, "everything", lambda: cut_share(pruned, inputs, found))
+    refused = [group["name"] for group in facts["groups"] if group["share"]["outcome"] == "refused"]
+    made = _timed(facts, "everything", lambda: cut_share(pruned, inputs, found, refused))
+    if facts["everything"]["outcome"] == "refused" and not groups:
+        refused = [group.name for group in found.groups if _refuses(model, inputs, found, group)]
+        made = _timed(facts, "everything", lambda: cut_share(pruned, inputs, found, refused))
+    facts["trace"] |= {"left_out": refused, "coverage": coverage(model, found, refused)}
     if made is None:
         return facts
     facts["everything"] |= {"parameters": _count(pruned), **against_zeros(model, pruned, inputs, found, made[1])}
@@ -62,10 +67,22 @@ def check(label: str, folder: Path, *, groups: bool = True, export: bool = True)
     return facts
 
 
-def cut_share(model: nn.Module, inputs: Inputs, found: Trace, share: float = SHARE) -> tuple[Any, list[Coupling]]:
-    """Cuts the share out of every group at once, in place; gives what `cut` gave, and the couplings."""
-    couplings = [coupling for group in found.groups for coupling in some(group, share)]
+def cut_share(
+    model: nn.Module, inputs: Inputs, found: Trace, without: Sequence[str] = ()
+) -> tuple[Any, list[Coupling]]:
+    """Cuts 30 % out of every group at once, in place; gives what `cut` gave, and the couplings. Groups that the model's
+    own code cannot do without are known by then, and left out."""
+    groups = [group for group in found.groups if group.name not in without]
+    couplings = [coupling for group in groups for coupling in some(group, SHARE)]
     return cut(model, couplings, trace=found, inputs=inputs), couplings
+
+
+def _refuses(model: nn.Module, inputs: Inputs, found: Trace, group: Group) -> bool:
+    try:
+        cut(copy.deepcopy(model), some(group, SHARE), trace=found, inputs=inputs)
+    except FeatherweightError:
+        return True
+    return False
 
 
 def some(group: Group, share: float, seed: int = 0) -> list[Coupling]:
@@ -98,11 +115,12 @@ def train_one_step(model: nn.Module, inputs: Inputs) -> Facts:
     return {"loss": float(loss)}
 
 
-def coverage(model: nn.Module, found: Trace) -> float:
-    """Share of the parameters of conv and linear weights that some coupling would take along, counted entry by entry."""
+def coverage(model: nn.Module, found: Trace, without: Sequence[str] = ()) -> float:
+    """Share of the parameters of conv and linear weights that some coupling would take along, counted entry by entry;
+    `without` names groups that do not count, since their cuts were refused."""
     cuttable: dict[tuple[str, int], set[int]] = {}
     for group in found.groups:
-        for member in group.members:
+        for member in group.members if group.name not in without else ():
             cuttable.setdefault((member.tensor, member.axis), set()).update(member.positions.flatten().tolist())
     total = covered = 0.0
     for name, shape in _weights(model, found).items():
@@ -224,8 +242,7 @@ def _describe(model: nn.Module, found: Trace) -> Facts:
     worst = sorted(reasons.items(), key=lambda item: -item[1])
     return {
         "front": found.front,
-        "coverage": coverage(model, found),
-        "coverage_of_all": found.coverage,
+        "coverage_by_trace": found.coverage,
         "groups": len(found.groups),
         "couplings": sum(group.size for group in found.groups),
         "frozen": worst[:12],

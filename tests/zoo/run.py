@@ -130,15 +130,13 @@ def _child(label: str, folder: Path, flags: Sequence[str]) -> None:
 
 
 def verdict(facts: Facts) -> Facts:
-    """One word for an architecture, and why: the worst of its outcomes; "refused" is safe, and so is a step that the uncut
-    model fails as well."""
-    steps = {
-        name: facts[name]
-        for name in ("process", "trace", "everything", "artefact", "loaded", "training", "onnx")
-        if name in facts
-    }
+    """One word for an architecture, and why: the worst of its outcomes, a group that is refused by itself apart: that is
+    safe, told, and left out of the rest. Nor is a step counted that the uncut model fails as well."""
+    names = ("process", "trace", "everything", "artefact", "loaded", "training", "onnx")
+    steps = {name: facts[name] for name in names if name in facts}
     for group in facts.get("groups", ()):
-        steps |= {f"{group['name']}, {size}": group[size] for size in ("one", "share")}
+        cuts = {f"{group['name']}, {size}": group[size] for size in ("one", "share")}
+        steps |= {name: made for name, made in cuts.items() if made["outcome"] != "refused"}
     for name in ("training", "onnx"):
         if facts.get(f"{name}_uncut", {}).get("outcome", "passed") != "passed":
             steps.pop(name)

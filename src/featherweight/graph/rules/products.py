@@ -72,6 +72,15 @@ def added(walk: Walk, call: Call) -> Value:
     return dataclasses.replace(walk.pointwise([found, extra]), shape=call.out)
 
 
+def of_experts(walk: Walk, call: Call) -> Value:
+    """Rows in blocks, each block times the matrix of its expert. Which expert is chosen by data, so that none is cut."""
+    rows, weight = call.values[:2]
+    weight = walk.pin(weight, [0], "an expert is chosen by data")
+    planes = tuple(plane.select(0, 0) for plane in weight.planes)
+    matrix = dataclasses.replace(weight, shape=weight.shape[1:], planes=planes)
+    return walk.contract(call, [rows, matrix], ["aK", "KO"], "aO", matrix)
+
+
 def einsum(walk: Walk, call: Call) -> Value:
     words = call["equation"].replace(" ", "")
     inputs, arrow, output = words.partition("->")
@@ -238,6 +247,7 @@ RULES: dict[str, Rule] = {
     "linear": linear,
     **dict.fromkeys(("matmul", "bmm", "mm", "mv", "dot"), matmul),
     **dict.fromkeys(("addmm", "baddbmm", "addmv", "addbmm"), added),
+    **dict.fromkeys(("_grouped_mm", "grouped_mm", "grouped_mm_fallback"), of_experts),
     "einsum": einsum,
     "scaled_dot_product_attention": attention,
     "embedding": embedding,
