@@ -277,21 +277,26 @@ def test_a_state_that_is_restored_goes_on_to_the_same_losses() -> None:
     assert runs[0] == runs[1]
 
 
-def test_taps_work_inside_attention_that_has_a_fused_path() -> None:
-    """In evaluation nn.TransformerEncoderLayer calls none of its submodules, unless it is told not to be that fast."""
+def test_a_padded_batch_is_tapped_as_training_sees_it() -> None:
+    """In evaluation nn.TransformerEncoder drops padding on the way and hands on nested tensors, unless told not to."""
     torch.manual_seed(0)
-    student, teacher = (nn.TransformerEncoderLayer(8, 2, 16, batch_first=True, dropout=0.0) for _ in range(2))
-    x = torch.randn(2, 5, 8)
-    distilling = Distill(Features("linear1", axis=-1)).attach(
-        student, teacher, x, forward=lambda model, batch: model(batch)
-    )
+    layer = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True, dropout=0.0)
+    student, teacher = (nn.TransformerEncoder(copy.deepcopy(layer), 2) for _ in range(2))
+    for parameter in teacher.parameters():
+        nn.init.normal_(parameter, std=0.3)
+    x, padding = torch.randn(2, 5, 8), torch.tensor([[False] * 5, [False] * 3 + [True] * 2])
+
+    def forward(model: nn.Module, batch: Tensor) -> Tensor:
+        return model(batch, src_key_padding_mask=padding)
+
+    distilling = Distill(Features("layers.0", axis=-1)).attach(student, teacher, x, forward=forward)
     fast = torch.backends.mha.get_fastpath_enabled()
-    found = distilling.loss(student(x), x)
+    found = distilling.loss(forward(student, x), x)
     assert fast is torch.backends.mha.get_fastpath_enabled() is True
     taken = []
     for model in (student, teacher):
-        handle = model.linear1.register_forward_hook(lambda module, args, out: taken.append(out))
-        model.train()(x)
+        handle = model.layers[0].register_forward_hook(lambda module, args, out: taken.append(out))
+        forward(model.train(), x)
         handle.remove()
     torch.testing.assert_close(found, F.mse_loss(*taken))
 

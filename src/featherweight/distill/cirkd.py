@@ -166,7 +166,7 @@ def _pooled(features: Tensor, size: int) -> Tensor:
     if size == 1:
         return features
     pool: Any = {3: F.avg_pool1d, 4: F.avg_pool2d, 5: F.avg_pool3d}[features.ndim]
-    return pool(features, size, stride=size, ceil_mode=True, count_include_pad=False)  # type: ignore[no-any-return]
+    return pool(features, size, stride=size, ceil_mode=True)  # type: ignore[no-any-return]
 
 
 def resized(labels: Tensor, shape: torch.Size) -> Tensor:

@@ -288,7 +288,7 @@ def _device(model: nn.Module) -> torch.device:
 
 @contextlib.contextmanager
 def _no_fast_path() -> Iterator[None]:
-    """Attention's fused path for evaluation calls no submodule, and so no tap."""
+    """PyTorch's transformer encoders pass nested tensors, without the padding, from layer to layer in evaluation."""
     before = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)
     try:

@@ -81,7 +81,7 @@ class Taps:
             self._handles.append(model.register_forward_pre_hook(self._begin(model), prepend=True))
             self._handles.append(model.register_forward_hook(self._end(model), always_call=True))
         for name in sorted(names):
-            self._handles.append(self._tap(name, model.get_submodule(name)))
+            self._handles.append(model.get_submodule(name).register_forward_hook(self._look(name)))
 
     # Functions, not bound methods: a deepcopy of the model in mid-training, for an average of its weights say, copies
     # hooks, and is not to copy what they found; nor is the copy to be taken for the model.
@@ -100,12 +100,12 @@ class Taps:
 
         return end
 
-    def _tap(self, name: str, tapped: nn.Module) -> Any:
+    def _look(self, name: str) -> Callable[..., None]:
         def look(module: nn.Module, args: Any, output: Any) -> None:
-            if self._open and module is tapped:
+            if self._open:
                 self._found.setdefault(name, []).append(_copied(output))
 
-        return tapped.register_forward_hook(look)
+        return look
 
     def take(self) -> dict[str, list[Any]]:
         """What each module answered, a list of one entry a call; then nothing is kept."""
