@@ -3,8 +3,8 @@
 
 Seen at the level of ATen operations, so that hand-written code and torch's own modules are treated alike. The same
 watch records statistics over an axis (the mean and deviation of a LayerNorm, the mean of squares in a hand-written
-RMSNorm) in the order of calls, and in a later run puts the recorded ones in the place of its own: what a norm over
-channels does to a channel is then the same whether others were set to zero or cut off.
+RMSNorm) in the order of calls, and in a later run puts the average of the recorded ones in the place of its own: what
+a norm over channels does to a channel is then the same whether others were set to zero or cut off.
 """
 
 from __future__ import annotations
@@ -39,10 +39,10 @@ _WIDE = {
 
 @dataclass(frozen=True, eq=False)
 class Statistic:
-    """What one operation made of the axes that it reduced: their sizes, and its results."""
+    """What one operation made of the axes that it reduced: their sizes, and the average of each of its results."""
 
     sizes: tuple[int, ...]
-    values: tuple[Tensor, ...]
+    values: tuple[float, ...]
 
 
 def _dims(x: Tensor, dims: Any) -> tuple[int, ...]:
@@ -56,11 +56,20 @@ def _over(position: int) -> Callable[[Sequence[Any]], tuple[int, ...]]:
     return lambda args: _dims(args[0], args[position] if len(args) > position else None)
 
 
+def _but_channels(args: Sequence[Any]) -> tuple[int, ...]:
+    """A batch norm's statistics, where it takes its own: instance norms are made of it, and standardised weights."""
+    return (*args[0].shape[:1], *args[0].shape[2:])
+
+
 # What a norm or a mean computes over channels depends on how many there are: its statistics change with a cut.
-_MEANS: dict[Any, Callable[[Sequence[Any]], tuple[int, ...]]] = {
+_NORMS: dict[Any, Callable[[Sequence[Any]], tuple[int, ...]]] = {
     _ATEN.native_layer_norm.default: lambda args: tuple(args[1]),
     _ATEN.native_group_norm.default: lambda args: (args[4] // args[6], args[5]),
     _ATEN._fused_rms_norm.default: lambda args: tuple(args[1]),
+    _ATEN.native_batch_norm.default: _but_channels,
+    _ATEN._native_batch_norm_legit.no_stats: _but_channels,
+}
+_MEANS: dict[Any, Callable[[Sequence[Any]], tuple[int, ...]]] = _NORMS | {
     _ATEN.mean.default: lambda args: tuple(args[0].shape),
     _ATEN.mean.dim: _over(1),
     _ATEN.var.correction: _over(1),
@@ -81,7 +90,6 @@ _SUMS: dict[Any, Callable[[Sequence[Any]], tuple[int, ...]]] = {
     _ATEN.logsumexp.default: _over(1),
 }
 _STATISTICS = _MEANS | _SUMS
-_NORMS = (_ATEN.native_layer_norm.default, _ATEN.native_group_norm.default, _ATEN._fused_rms_norm.default)
 
 
 class Exact(TorchDispatchMode):  # type: ignore[no-untyped-call]
@@ -113,27 +121,33 @@ class Exact(TorchDispatchMode):  # type: ignore[no-untyped-call]
             )
             args, kwargs = tree_map(_wide if not writes else _wide_dtype, (args, kwargs))
         out = func(*args, **kwargs)
-        if func in _STATISTICS:
-            out = self._statistic(func, args, kwargs, out)
+        if func in _STATISTICS and not (func is _ATEN.native_batch_norm.default and not args[5]):
+            out = self._statistic(func, args, out)
         return tree_map_only(Tensor, _wide, out)
 
-    def _statistic(self, func: Any, args: Sequence[Any], kwargs: Mapping[str, Any], out: Any) -> Any:
+    def _statistic(self, func: Any, args: Sequence[Any], out: Any) -> Any:
         sizes = _STATISTICS[func](args)
         results = out if isinstance(out, tuple) else (out,)
+        results = results[1:] if func in _NORMS else results
         k = len(self.statistics)
-        fused = func in _NORMS
-        self.statistics.append(Statistic(sizes, results[1:] if fused else results))
+        self.statistics.append(Statistic(sizes, tuple(_average(result) for result in results)))
         if self.record is None or k >= len(self.record):
             return out
-        wanted = self.record[k]
-        changed = wanted.sizes != sizes and (self.sums or func in _MEANS)
-        alike = [t.shape for t in wanted.values] == [t.shape for t in self.statistics[k].values]
-        if not alike or not (changed if self.hold is None else k in self.hold):
+        changed = self.record[k].sizes != sizes and (self.sums or func in _MEANS)
+        if not (changed if self.hold is None else k in self.hold):
             return out
         self.held[k] = f"{func._schema.name.removeprefix('aten::')} in {_place(self.names)}"
-        if fused:
-            return _normalise(func, args, wanted.values), *wanted.values
-        return type(out)(wanted.values) if isinstance(out, tuple) else wanted.values[0]
+        values = [
+            torch.full_like(result, value) if result.is_floating_point() else result
+            for result, value in zip(results, self.record[k].values, strict=True)
+        ]
+        if func in _NORMS:
+            return _normalised(func, args, values), *values
+        return type(out)(values) if isinstance(out, tuple) else values[0]
+
+
+def _average(result: Tensor) -> float:
+    return float(result.mean()) if result.is_floating_point() and result.numel() else 0.0
 
 
 def _wide(value: Any) -> Any:
@@ -146,20 +160,29 @@ def _wide_dtype(value: Any) -> Any:
     return _WIDE.get(value, value) if isinstance(value, torch.dtype) else value
 
 
-def _normalise(func: Any, args: Sequence[Any], statistics: Sequence[Tensor]) -> Tensor:
-    """A norm with the mean and reciprocal deviation of another run."""
+def _normalised(func: Any, args: Sequence[Any], statistics: Sequence[Tensor]) -> Tensor:
+    """A norm with other statistics than its own: (mean, reciprocal deviation), or only the latter."""
     x: Tensor = args[0]
-    if func is _ATEN._fused_rms_norm.default:
-        return x * statistics[0] if args[2] is None else x * statistics[0] * args[2]
-    mean, rstd = statistics
-    if func is _ATEN.native_layer_norm.default:
-        out, weight, bias = (x - mean) * rstd, args[2], args[3]
-    else:
+    mean: Tensor | None = statistics[0] if len(statistics) == 2 else None
+    scale: Any = statistics[-1]
+    if func is _ATEN.native_group_norm.default:
         n, groups, weight, bias = args[3], args[6], args[1], args[2]
-        out = ((x.reshape(n, groups, -1) - mean[..., None]) * rstd[..., None]).reshape(x.shape)
-        weight, bias = (None if t is None else t.reshape(-1, *[1] * (x.ndim - 2)) for t in (weight, bias))
+        x, shape = x.reshape(n, groups, -1), x.shape
+        mean, scale = (None if t is None else t[..., None] for t in (mean, scale))
+    elif func in (_ATEN.native_batch_norm.default, _ATEN._native_batch_norm_legit.no_stats):
+        shape, weight, bias = x.shape, args[1], args[2]
+        mean, scale = (_by_channel(t, x.ndim) for t in (mean, scale))
+    else:
+        shape, weight, bias = x.shape, args[2], args[3] if func is _ATEN.native_layer_norm.default else None
+    out = ((x if mean is None else x - mean) * scale).reshape(shape)
+    if func not in (_ATEN.native_layer_norm.default, _ATEN._fused_rms_norm.default):
+        weight, bias = (_by_channel(t, out.ndim) for t in (weight, bias))
     out = out if weight is None else out * weight
     return out if bias is None else out + bias
+
+
+def _by_channel(values: Tensor | None, ndim: int) -> Tensor | None:
+    return None if values is None else values.reshape(-1, *[1] * (ndim - 2))
 
 
 def _place(names: Mapping[int, str]) -> str:
