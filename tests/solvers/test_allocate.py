@@ -64,6 +64,17 @@ def test_traces_a_second_run_and_a_refit_give_the_same_weights(pattern: str) -> 
     assert float(found.losses[taken].sum()) == pytest.approx(layer_loss(W, refitted, damped.H), rel=1e-9)
 
 
+@pytest.mark.parametrize("pattern", ["weight", "1x2"])
+@pytest.mark.parametrize("zeros", [0, 1, 37, 59, 60])
+def test_of_equal_scores_the_first_go_as_in_a_stable_sort(pattern: str, zeros: int) -> None:
+    units = units_of(pattern, rows=6, d=10)
+    scores = torch.randint(0, 4, (6, len(units.columns)), generator=torch.Generator().manual_seed(0)).double()
+    size = 60 // scores.numel()
+    chosen = cheapest(scores, units, rows=6, zeros=zeros)
+    expected = np.argsort(scores.flatten().numpy(), kind="stable")[: -(-zeros // size)]
+    assert chosen.flatten().nonzero()[:, 0].tolist() == sorted(expected.tolist())
+
+
 def test_the_lowest_scores_go_by_weight_by_row_and_by_group() -> None:
     scores = torch.tensor([[4.0, 1.0, 3.0, 2.0], [8.0, 7.0, 6.0, 5.0]])
     single = Units(torch.arange(4)[:, None])

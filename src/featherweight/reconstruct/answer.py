@@ -79,12 +79,9 @@ def error_of(V: Tensor, W: Tensor, statistics: Statistics) -> tuple[float, float
     >>> error_of(torch.tensor([[1.0, 0.0]]), torch.tensor([[1.0, 2.0]]), statistics)
     (2.0, 2.5)
     """
-    V, W, H = V.double(), W.double(), statistics.H
-    if statistics.T is None:
-        change = W - V
-        return float(((change @ H) * change).sum()) / 2, float(((W @ H) * W).sum()) / 2
-    loss = statistics.energy - 2 * float((V * statistics.T).sum()) + float(((V @ H) * V).sum())
-    return max(loss, 0.0) / 2, statistics.energy / 2
+    loss, W = _judged(V, W, statistics), W.double()
+    energy = statistics.energy if statistics.T is not None else float(((W @ statistics.H) * W).sum())
+    return loss, energy / 2
 
 
 def solve(
@@ -134,7 +131,8 @@ def _solve(
     else:
         found_losses = {"refit": _judged(target, W, held_out or fit)}
         simple = W.masked_fill(zeros, 0.0)
-        return _answer(target.to(dense.dtype), W, fit, held_out, "refit", found_losses, simple, want.damping, ridge, ())
+        least = _judged(simple, W, held_out or fit)
+        return _answer(target.to(dense.dtype), W, fit, held_out, "refit", found_losses, least, want.damping, ridge, ())
     weights = found.weights
     if bool((weights[zeros] != 0).any()):
         # Zero is on every grid; where there is none, what the zeros did is taken over by the weights that are left.
@@ -146,7 +144,8 @@ def _solve(
     simple = simple_weights(W.masked_fill(zeros, 0.0), fit.H, want, problem.run)
     name, notes = found.solver, found.notes
     final = held_out or fit
-    if _judged(simple, W, final) < _judged(weights, W, final):
+    least = _judged(simple, W, final)
+    if least < _judged(weights, W, final):
         weights, name = simple, "nearest" if want.grid is not None else "magnitude"
         notes = (*notes, "the simple method was no worse on held-out samples, and was kept")
     return _answer(
@@ -156,7 +155,7 @@ def _solve(
         held_out,
         name,
         found.judged or found.losses,
-        simple,
+        least,
         found.damping,
         ridge,
         notes,
@@ -197,7 +196,13 @@ def corrected(W: Tensor, fit: Statistics, held_out: Statistics | None) -> tuple[
 
 
 def _judged(V: Tensor, W: Tensor, statistics: Statistics) -> float:
-    return error_of(V, W, statistics)[0]
+    """The loss alone, in one product with H."""
+    V, H = V.double(), statistics.H
+    if statistics.T is None:
+        change = W.double() - V
+        return float(((change @ H) * change).sum()) / 2
+    loss = statistics.energy - 2 * float((V * statistics.T).sum()) + float(((V @ H) * V).sum())
+    return max(loss, 0.0) / 2
 
 
 def simple_weights(W: Tensor, H: Tensor, want: Want, run: int) -> Tensor:
@@ -227,7 +232,7 @@ def _answer(
     held_out: Statistics | None,
     solver: str,
     losses: Mapping[str, float],
-    simple: Tensor,
+    simple: float,
     damping: float,
     ridge: float | None,
     notes: tuple[str, ...],
@@ -237,7 +242,7 @@ def _answer(
         solver=solver,
         fit=error_of(V, W, fit),
         held_out=None if held_out is None else error_of(V, W, held_out),
-        simple=_judged(simple, W, held_out or fit),
+        simple=simple,
         losses=losses,
         damping=damping,
         ridge=ridge,

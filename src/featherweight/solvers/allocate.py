@@ -77,10 +77,24 @@ def cheapest(scores: Tensor, units: Units, rows: int, zeros: int, per_row: bool 
         reached = (zeros * sizes.sum(1).cumsum(0) / sizes.sum()).round()
         share = reached.diff(prepend=reached.new_zeros(1))[:, None]
         return torch.zeros_like(scores, dtype=torch.bool).scatter_(1, order, before < share)
+    if bool((sizes == sizes[0, 0]).all()):
+        return _lowest(prices, -(-zeros // int(sizes[0, 0])))
     order = prices.flatten().argsort(stable=True)
     before = sizes.flatten()[order].cumsum(0) - sizes.flatten()[order]
     chosen = torch.zeros(scores.numel(), dtype=torch.bool, device=scores.device)
     return chosen.scatter_(0, order, before < zeros).view_as(scores)
+
+
+def _lowest(prices: Tensor, count: int) -> Tensor:
+    """The `count` lowest of all prices (rows, n), of equals the first: what a stable sort gives, many times faster."""
+    if not 0 < count < prices.numel():
+        return torch.full_like(prices, count > 0, dtype=torch.bool)
+    flat = prices.flatten()
+    threshold = flat.kthvalue(count).values
+    chosen = flat < threshold
+    ties = (flat == threshold).nonzero()[:, 0]
+    chosen[ties[: count - int(chosen.sum())]] = True
+    return chosen.view(prices.shape)
 
 
 def _lowest_of_groups(scores: Tensor, group: Tensor, quota: Tensor) -> Tensor:
