@@ -1,16 +1,23 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`featherweight inspect`: what a model consists of, and what would and would not be pruned."""
+"""`featherweight inspect`: what a model consists of, what would and would not be pruned, and which channels go together."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Annotated, Any
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from featherweight.cli import sources
-from featherweight.cli.console import Json, say, table
+from featherweight.cli import groups, heads, sources
+from featherweight.cli.console import Json, fail, say, table
+from featherweight.errors import GraphError, OptionError
 from featherweight.report import words
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from featherweight.graph import Trace
+    from featherweight.task import Task
 
 __all__ = ["command"]
 
@@ -31,22 +38,74 @@ def command(
             metavar="NAME", help="package.module:function that returns a featherweight.Task, in place of MODEL."
         ),
     ] = None,
+    grain: Annotated[
+        Literal["heads", "dims"],
+        typer.Option(help="What is cut of attention: whole heads, or the same positions of all heads."),
+    ] = "heads",
+    measure_heads: Annotated[
+        bool,
+        typer.Option("--heads", help="Measure the task's metric without each attention head, and with the best only."),
+    ] = False,
     json: Json = False,
 ) -> dict[str, Any]:
     """Lists each layer's kind, shape, parameters, MACs, bytes and zeros, and what would be pruned and what not and why.
 
     Changes nothing. "Would be pruned" is said of GradualPruning with its defaults. Without --input MACs are not known.
+    With inputs, a second table has the groups of channels and heads that can only be cut together, and what is frozen
+    by which line of code. --heads needs a task with a metric, and takes two evaluations for each head.
 
     \b
     Example: featherweight inspect my_package.nets:make --input 1x3x32x32
     """
-    net, inputs = sources.model_and_inputs(model, task, input or ())
+    if measure_heads and task is None:
+        raise OptionError("--heads measures a metric: name what has one with --task package.module:function.")
+    net, inputs, whole = _subject(model, task, input or (), measure_heads)
     from featherweight.preview import inspect
 
-    found = inspect(net, inputs)
+    found: dict[str, Any] = inspect(net, inputs)
     if not json:
         _show(found)
+    if inputs is None:
+        return found
+    traced, failure = _traced(net, inputs, grain)
+    if traced is None:
+        if measure_heads:
+            raise GraphError(failure)
+        found["trace"] = {"error": failure}
+        if not json:
+            say()
+        fail("Channels", failure)
+        return found
+    found["trace"] = groups.laid_out(traced)
+    if not json:
+        say()
+        groups.show(found["trace"])
+    if whole is not None and measure_heads:
+        found["heads"] = heads.measured(whole, traced)
+        if not json:
+            say()
+            heads.show(found["heads"])
     return found
+
+
+def _subject(
+    model: str | None, task: str | None, shapes: Sequence[str], needs_task: bool
+) -> tuple[nn.Module, tuple[Any, ...] | None, Task | None]:
+    """The model and its inputs, and the task where it is needed; the user's function is called once."""
+    if task is None or model is not None or not needs_task:
+        return *sources.model_and_inputs(model, task, shapes), None
+    whole = sources.make_task(task)
+    return whole.model, sources.parse_inputs(shapes) if shapes else whole.example_inputs, whole
+
+
+def _traced(net: nn.Module, inputs: Any, grain: Literal["heads", "dims"]) -> tuple[Trace | None, str]:
+    """The trace, or why there is none: a model whose channels cannot be followed still has layers to show."""
+    from featherweight.graph import trace
+
+    try:
+        return trace(net, inputs, grain=grain), ""
+    except GraphError as error:
+        return None, str(error)
 
 
 def _show(found: Mapping[str, Any]) -> None:

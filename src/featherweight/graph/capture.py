@@ -10,10 +10,13 @@ from __future__ import annotations
 import contextlib
 import copy
 import dataclasses
+import io
 import logging
 import re
+import traceback
 import warnings
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -23,9 +26,13 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.nn.utils import parametrize
 from torch.utils import _pytree as pytree
 
-from featherweight.errors import GraphError
+from featherweight.errors import GraphError, OptionError
+from featherweight.task import describe
 
 __all__ = ["Captured", "capture", "owner_of", "source_of"]
+
+_STANDARD = str(Path(logging.__file__).parents[1])
+_NOT_THEIRS = (str(Path(torch.__file__).parent), str(Path(__file__).parents[1]))
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -38,13 +45,16 @@ class Captured:
     state: Mapping[str, Tensor]
     front: Literal["export", "recorded"]
     notes: tuple[str, ...]
+    outputs: Any = None  # how an exported program's answers are put together again
 
 
 def capture(model: nn.Module, inputs: tuple[Any, ...] | Mapping[str, Any]) -> Captured:
     """The graph of `model(*inputs)`, or `model(**inputs)`, in eval mode. Changes nothing.
 
-    Raises `GraphError` where the model does not run on these inputs at all.
+    Raises `GraphError` where the model does not run on these inputs at all, `OptionError` for inputs that are no tuple.
     """
+    if not isinstance(inputs, Mapping | tuple | list):
+        raise OptionError(f"inputs is {describe(inputs)}; give a tuple, for one tensor: (x,), or a dict by keyword.")
     args, kwargs = ((), dict(inputs)) if isinstance(inputs, Mapping) else (tuple(inputs), {})
     model = _plain(model)
     with _quiet(), _evaluating(model):
@@ -57,7 +67,7 @@ def capture(model: nn.Module, inputs: tuple[Any, ...] | Mapping[str, Any]) -> Ca
         except Exception as error:
             raise GraphError(
                 f"the model could not be traced on these inputs. torch.export: {why} Recording a forward: {_first_line(error)} "
-                "Check that model(*inputs) runs; the message's file and line say where it stopped."
+                "Try model(*inputs) by itself: what does not run cannot be traced."
             ) from error
     return dataclasses.replace(recorded, notes=(f"torch.export failed: {why}", *recorded.notes))
 
@@ -102,7 +112,7 @@ def _exported(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -
             names[node] = known[spec.target]
         elif spec.target in program.constants:
             constants[node] = program.constants[spec.target]
-    return Captured(module, names, constants, _state(model), "export", ())
+    return Captured(module, names, constants, _state(model), "export", (), program.call_spec.out_spec)
 
 
 def _recorded(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Captured:
@@ -197,11 +207,11 @@ def _evaluating(model: nn.Module) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """export logs whole tracebacks of what it could not do, which is told in one line instead."""
+    """export logs and prints whole graphs and tracebacks of what it could not do, which is told in one line instead."""
     disabled = logging.root.manager.disable
     logging.disable(logging.ERROR)
     try:
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), contextlib.redirect_stderr(io.StringIO()):
             warnings.simplefilter("ignore")
             yield
     finally:
@@ -231,5 +241,17 @@ def source_of(node: torch.fx.Node) -> str:
 
 
 def _first_line(error: Exception) -> str:
+    """The error's first line, and the line of the model's code that it came up in."""
     text = next((line.strip() for line in str(error).splitlines() if line.strip()), "")
-    return f"{type(error).__name__}: {text[:300]}".rstrip(". ") + "."
+    told = f"{type(error).__name__}: {text[:300]}".rstrip(". ")
+    theirs = [
+        frame
+        for frame in traceback.extract_tb(error.__traceback__)
+        if not frame.filename.startswith(_NOT_THEIRS)
+        and (not frame.filename.startswith(_STANDARD) or "site-packages" in frame.filename)
+        and Path(frame.filename).exists()
+    ]
+    if not theirs:
+        return f"{told}."
+    last = theirs[-1]
+    return f"{told} (at {Path(last.filename).name}:{last.lineno} in {last.name}: {last.line})."
