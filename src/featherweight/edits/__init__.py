@@ -5,10 +5,22 @@
 """
 
 from featherweight.edits.apply import apply, replay
-from featherweight.edits.cut import Cut, cut
+from featherweight.edits.cut import Cut, cut, refusals
 from featherweight.edits.fake_quant import FakeQuantize
 from featherweight.edits.self_attention import SelfAttention
 from featherweight.edits.swap import SWAPS, Attention
 from featherweight.edits.verify import Verified, verify
 
-__all__ = ["SWAPS", "Attention", "Cut", "FakeQuantize", "SelfAttention", "Verified", "apply", "cut", "replay", "verify"]
+__all__ = [
+    "SWAPS",
+    "Attention",
+    "Cut",
+    "FakeQuantize",
+    "SelfAttention",
+    "Verified",
+    "apply",
+    "cut",
+    "refusals",
+    "replay",
+    "verify",
+]

@@ -23,15 +23,14 @@ from featherweight.edits.follow import apply_followed, followers
 from featherweight.edits.repair import Finding, candidates, choose
 from featherweight.edits.self_attention import read_self_attention
 from featherweight.edits.undo import remember
-from featherweight.edits.verify import Inputs, Oracle, Verified, generic
-from featherweight.edits.verify import verify as prove
+from featherweight.edits.verify import Inputs, Oracle, Verified, generic, prove
 from featherweight.edits.whereabouts import layer_of, whereabouts
 from featherweight.errors import EditError, OptionError, VerifyError
 from featherweight.graph import Coupling, Trace
 from featherweight.graph import trace as comb
 from featherweight.plan import Attribute, Edit, Plan, Slice, Swap
 
-__all__ = ["Cut", "cut"]
+__all__ = ["Cut", "cut", "refusals"]
 
 _TOLERANCE = 1e-9
 
@@ -52,7 +51,6 @@ class Cut:
     verified: Verified | None
     statistics: tuple[str, ...] = ()
     read: tuple[tuple[str, int], ...] = ()
-    notes: tuple[str, ...] = ()
 
 
 def cut(
@@ -103,9 +101,9 @@ def cut(
         return Cut(Plan(), {}, kept, (), None)
     before = double(model) if inputs is not None else None
     edits, read = _slices(model, trace, removed)
-    notes: tuple[str, ...] = ()
+    oracle: tuple[Oracle, float] | None = None
     if before is not None and inputs is not None:
-        edits, notes = _mended(model, before, trace, kept, edits, read, inputs, seed)
+        edits, oracle = _mended(before, trace, kept, edits, read, inputs, seed)
     plan = Plan(edits)
     undo = remember([model, *following.copies], following.optimizers)
     try:
@@ -121,16 +119,55 @@ def cut(
             None,
             tuple(dict.fromkeys(line for group in trace.groups if group.name in removed for line in group.statistics)),
             tuple(read),
-            notes,
         )
         if verify and before is not None and inputs is not None:
-            done = dataclasses.replace(
-                done, verified=prove(before, model, done, inputs, tolerance=_TOLERANCE, seed=seed)
-            )
+            verified = prove(before, model, plan, inputs, read, _TOLERANCE, seed, oracle)
+            done = dataclasses.replace(done, verified=verified)
     except BaseException:
         undo()
         raise
     return done
+
+
+def refusals(model: nn.Module, trace: Trace, inputs: Inputs, *, seed: int = 0) -> dict[str, str]:
+    """The groups of a trace that `cut` cannot carry out in your model's own code, each with the reason. Changes nothing.
+
+    Tried on copies: one coupling of all groups at once, and by halves where that fails. Ask before you choose couplings
+    of many groups, since `cut` carries out all of a choice or nothing.
+
+    >>> import torch
+    >>> from featherweight.graph import trace
+    >>> class Fixed(nn.Module):
+    ...     def __init__(self) -> None:
+    ...         super().__init__()
+    ...         self.a, self.b = nn.Linear(3, 7), nn.Linear(7, 2)
+    ...     def forward(self, x):
+    ...         return self.b(self.a(x).view(-1, 7))
+    >>> model, x = Fixed(), (torch.randn(4, 3),)
+    >>> list(refusals(model, trace(model, x), x))
+    ['a']
+    """
+    _refuse_stale(model, trace)
+    before = double(model)
+    found: dict[str, str] = {}
+
+    def look(names: Sequence[str]) -> None:
+        removed = {name: np.array([0]) for name in names}
+        kept = {name: size - (name in removed) for name, size in trace.sizes.items()}
+        try:
+            edits, read = _slices(model, trace, removed)
+            _mended(before, trace, kept, edits, read, inputs, seed, 60)
+        except EditError as error:
+            if len(names) == 1:
+                found[names[0]] = str(error)
+            else:
+                look(names[: len(names) // 2])
+                look(names[len(names) // 2 :])
+
+    several = [name for name, size in trace.sizes.items() if size > 1]
+    if several:
+        look(several)
+    return found
 
 
 def _refuse_stale(model: nn.Module, trace: Trace) -> None:
@@ -215,7 +252,6 @@ def _in_attention(
 
 
 def _mended(
-    model: nn.Module,
     before: nn.Module,
     trace: Trace,
     kept: Mapping[str, int],
@@ -223,26 +259,22 @@ def _mended(
     read: set[tuple[str, int]],
     inputs: Inputs,
     seed: int,
-) -> tuple[tuple[Edit, ...], tuple[str, ...]]:
-    """The edits with what more they need to run and answer right. Raises `EditError` where nothing is found."""
-    failure: tuple[Finding, str] | None = None
-    for swaps in ((), _fused(before, edits)):
-        if failure is not None and not swaps:
-            break
+    trials: int = 200,
+) -> tuple[tuple[Edit, ...], tuple[Oracle, float]]:
+    """The edits with what more they need to run and answer right, and what they were judged by. Raises `VerifyError`
+    where nothing is found."""
+    fused = _fused(before, edits)
+    first = ""
+    for swaps in ((), fused) if fused else ((),):
         plan = (*swaps, *edits)
-        judged = _Judge(before, plan, inputs, seed, read)
-        found = choose(
-            judged.model,
-            candidates(judged.model, trace, kept, plan),
-            judged,
-            40 if not swaps and _fused(before, edits) else 200,
-        )
+        judge = _Judge(before, plan, inputs, seed, read)
+        offered = candidates(judge.model, trace, kept, plan)
+        found = choose(judge.model, offered, judge, 40 if fused and not swaps else trials)
         if not isinstance(found, Finding):
-            return (*plan, *found), ()
-        failure = failure or (found, judged.first)
-    text = failure[1] if failure else ""
+            return (*plan, *found), judge.ready
+        first = first or judge.first
     raise VerifyError(
-        f"the cut cannot be carried out in the model's own code: {text}. Nothing was changed. A size is written there as "
+        f"the cut cannot be carried out in the model's own code: {first}. Nothing was changed. A size is written there as "
         "a number, or is computed from one that stays; read it from the tensor's shape or from an attribute of the "
         "layer, or leave this group out."
     )
@@ -269,7 +301,8 @@ class _Judge:
     def __init__(
         self, before: nn.Module, edits: Sequence[Edit], inputs: Inputs, seed: int, read: set[tuple[str, int]]
     ) -> None:
-        self.oracle: Oracle = generic(before, edits, inputs, seed, read)[0]
+        self.ready = generic(before, edits, inputs, seed, read)
+        self.oracle = self.ready[0]
         self.model = double(self.oracle.before)
         replay(self.model, edits)
         self.first = ""

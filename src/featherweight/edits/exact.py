@@ -174,7 +174,7 @@ def _normalised(func: Any, args: Sequence[Any], statistics: Sequence[Tensor]) ->
         mean, scale = (_by_channel(t, x.ndim) for t in (mean, scale))
     else:
         shape, weight, bias = x.shape, args[2], args[3] if func is _ATEN.native_layer_norm.default else None
-    out = ((x if mean is None else x - mean) * scale).reshape(shape)
+    out: Tensor = ((x if mean is None else x - mean) * scale).reshape(shape)
     if func not in (_ATEN.native_layer_norm.default, _ATEN._fused_rms_norm.default):
         weight, bias = (_by_channel(t, out.ndim) for t in (weight, bias))
     out = out if weight is None else out * weight

@@ -29,7 +29,7 @@ from featherweight.plan import Edit, Plan, Swap
 if TYPE_CHECKING:
     from featherweight.edits.cut import Cut
 
-__all__ = ["Oracle", "Verified", "generic", "verify"]
+__all__ = ["Inputs", "Oracle", "Verified", "generic", "prove", "verify"]
 
 Inputs = tuple[Any, ...] | Mapping[str, Any]
 
@@ -78,12 +78,28 @@ def verify(
     >>> verify(model, small, plan, (torch.randn(8, 3),)).error < 1e-12
     True
     """
-    plan, read = (cut, ()) if isinstance(cut, Plan) else (cut.plan, cut.read)
+    if isinstance(cut, Plan):
+        return prove(before, after, cut, inputs, (), tolerance, seed)
+    return prove(before, after, cut.plan, inputs, cut.read, tolerance, seed)
+
+
+def prove(
+    before: nn.Module,
+    after: nn.Module,
+    plan: Plan,
+    inputs: Inputs,
+    read: Collection[tuple[str, int]],
+    tolerance: float,
+    seed: int,
+    ready: tuple[Oracle, float] | None = None,
+) -> Verified:
+    """What `verify` does. `ready` is an oracle of `generic` for this cut, where one is at hand."""
     notes: list[str] = []
     proofs = []
     own = Oracle(double(before), plan.edits, inputs, seed, read)
     for attempt in range(3):  # random weights may happen to switch off all that was cut, behind a ReLU
-        oracle, scale = generic(before, plan.edits, inputs, seed + attempt, read)
+        oracle, scale = ready or generic(before, plan.edits, inputs, seed + attempt, read)
+        ready = None
         twin = double(oracle.before)
         replay(twin, plan.edits)
         _same_structure(twin, after)
