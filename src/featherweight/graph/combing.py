@@ -14,11 +14,12 @@ from torch import Tensor, nn
 from featherweight.errors import check_word
 from featherweight.graph.capture import capture
 from featherweight.graph.couplings import Frozen, Group, Member, Op, Size, Trace
+from featherweight.graph.join import lane
 from featherweight.graph.limit import limited
 from featherweight.graph.rules import RULES
 from featherweight.graph.walk import Axis, Extent, Walk, describe
 
-__all__ = ["trace"]
+__all__ = ["Assembly", "trace"]
 
 
 def trace(
@@ -53,10 +54,10 @@ def trace(
     with limited(seconds, "tracing the model") as deadline:
         walk = Walk(capture(model, inputs), grain, deadline)
         walk.run(RULES)
-        return _Assembly(walk).trace()
+        return Assembly(walk).trace()
 
 
-class _Assembly:
+class Assembly:
     """Everything that is told of a finished walk, from the classes of its labels."""
 
     def __init__(self, walk: Walk) -> None:
@@ -70,7 +71,12 @@ class _Assembly:
         self.roots = walk.labels.roots(ids)
         self._freeze_unmade()
         self.index = np.full(walk.labels.count, -1)  # by root: the number of its group
+        self._classes: list[np.ndarray] = []  # of each group its roots, in order of its couplings
         self.groups = self._group()
+
+    def classes_of(self, name: str) -> np.ndarray:
+        """The root of each coupling of a group."""
+        return next(roots for group, roots in zip(self.groups, self._classes, strict=True) if group.name == name)
 
     def _freeze_unmade(self) -> None:
         """Positions that no layer makes (a table's rows that nothing contracts) are nobody's channels."""
@@ -104,6 +110,7 @@ class _Assembly:
                 self._alone(classes[rows[0]])
                 continue
             self.index[classes[rows]] = len(found)
+            self._classes.append(classes[rows])
             one = where[bounds[rows[0]] : bounds[rows[0] + 1]]
             found.append((one, np.stack([position[bounds[i] : bounds[i + 1]] for i in rows])))
         heads = set(self._touched(torch.cat([torch.empty(0, dtype=torch.int64), *self.walk.joiner.heads])))
@@ -188,9 +195,14 @@ class _Assembly:
         )
 
     def _extent(self, extent: Extent) -> Size:
-        size, lanes = extent
-        found = (self._size(lane.numpy(), size) for lane in lanes)
-        return next((one for one in found if one.groups), Size(size))
+        size, axis, planes = extent
+        for plane in planes:
+            roots = self.roots[plane.numpy()]  # may have been of several axes before all was rectangular
+            if (roots != roots.take([0], axis)).any():
+                found = self._size(lane(plane, axis).numpy(), size)
+                if found.groups:
+                    return found
+        return Size(size)
 
     def _ops(self) -> Iterable[Op]:
         for product in self.walk.products:

@@ -140,7 +140,7 @@ class Join:
         letters: Sequence[str],
         output: str,
         why: str = "it is multiplied by a tensor without channels",
-    ) -> tuple[Value, dict[str, tuple[int, Planes]]]:
+    ) -> tuple[Value, dict[str, tuple[int, int, Planes]]]:
         """A sum of products in Einstein's notation, one letter an axis.
 
         Gives the output, and for each letter its extent and the planes along it (what sizes of the operation follow from).
@@ -165,7 +165,7 @@ class Join:
             shared = [axis for axis, letter in enumerate(output) if all(letter in word for word in letters)]
             self.heads += [p.reshape(-1) for p in planes if set(varies(self.labels, p)) & set(shared)]
         sizes = {
-            letter: (extents[letter], tuple(lane(p, axis) for p in planes if p.shape[axis] > 1))
+            letter: (extents[letter], axis, tuple(p for p in planes if p.shape[axis] > 1))
             for axis, letter in enumerate(order)
         }
         shape = tuple(extents[letter] for letter in output)

@@ -16,12 +16,12 @@ from torch import Tensor, nn
 from featherweight.errors import GraphError
 from featherweight.graph.capture import Captured, owner_of, source_of
 from featherweight.graph.couplings import Role
-from featherweight.graph.join import Join, Value, aligned, lane, vector
+from featherweight.graph.join import Join, Value, aligned, vector
 from featherweight.graph.labels import Labels, expand, free_along, keep_axis, shrink, tidy, varies
 
 __all__ = ["Axis", "Call", "Extent", "Product", "Rule", "Walk", "describe", "execute", "plain"]
 
-Extent = tuple[int, tuple[Tensor, ...]]  # how many positions an axis has, and labels along it
+Extent = tuple[int, int, tuple[Tensor, ...]]  # how many positions an axis has, which axis it is, and planes along it
 
 
 @dataclasses.dataclass(eq=False)
@@ -87,6 +87,7 @@ class Walk:
         self.unknown: dict[str, int] = {}
         self.weights: dict[str, str] = {}  # tensors that layers multiply by, and the op
         self.slices: dict[tuple[int, int], list[tuple[int, Value]]] = {}
+        self.found: dict[torch.fx.Node, Any] = {}  # the values of all nodes
         self._concrete: dict[torch.fx.Node, Any] = {}
 
     # What rules call ---------------------------------------------------------------------------------------------
@@ -136,7 +137,7 @@ class Walk:
 
     def extent(self, value: Value, axis: int) -> Extent:
         axis %= len(value.shape)
-        return value.shape[axis], tuple(lane(plane, axis) for plane in value.planes if plane.shape[axis] > 1)
+        return value.shape[axis], axis, tuple(plane for plane in value.planes if plane.shape[axis] > 1)
 
     def role(self, value: Value, roles: Mapping[int, Role]) -> None:
         """What the axes of the model's own tensors in this value are to the op; the first word counts, output above all."""
@@ -224,6 +225,8 @@ class Walk:
                 return outputs
             elif node in live:
                 env[node] = self._call(node, env, rules)
+            if node in env:
+                self.found[node] = env[node]
         return None
 
     def _given(self, node: torch.fx.Node) -> Value:
