@@ -182,5 +182,5 @@ def test_nan_is_not_ranked() -> None:
     model = net()
     with torch.no_grad():
         model.layers[2].fc.weight[0, 0] = torch.nan
-    with pytest.raises(NumericalError, match="layers.2: what goes through it is NaN"):
+    with pytest.raises(NumericalError, match=r"layers\.2: what goes through it is NaN"):
         drop(model)

@@ -302,7 +302,7 @@ def test_what_cannot_be_attached_is_refused_and_leaves_no_hook() -> None:
         fw.GradualChannelPruning(until, importance="curvature").attach(model, optimizer, INPUTS)
     with pytest.raises(NothingToCompress, match="keep: 'no_such'"):
         fw.GradualChannelPruning(until, keep=["no_such"]).attach(model, optimizer, INPUTS)
-    with pytest.raises(NothingToCompress, match="Nothing to cut. 0: no glob of layers names it"):
+    with pytest.raises(NothingToCompress, match=r"Nothing to cut\. 0: no glob of layers names it"):
         fw.GradualChannelPruning(until, layers=["8"]).attach(model, optimizer, INPUTS)
     assert not any(parameter._post_accumulate_grad_hooks for parameter in model.parameters())
     assert not optimizer._optimizer_step_pre_hooks

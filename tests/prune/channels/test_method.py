@@ -106,7 +106,7 @@ def test_floors(least: Any, floors: tuple[int, int]) -> None:
 
 def test_kept_counts_are_multiples() -> None:
     model = mlp(60)
-    _, events = run(model, multiple=16, importance="magnitude")
+    run(model, multiple=16, importance="magnitude")
     for layer in (model[0], model[2]):
         assert layer.out_features % 16 == 0 or layer.out_features == 60
     assert model[0].out_features < 60 or model[2].out_features < 60

@@ -29,18 +29,11 @@ def events_of(
         yield {"kind": "selection", "weight": dataclasses.asdict(line)}
     for note in trace.notes:
         yield {"kind": "message", "text": note}
-    statistics = {
-        name: source
-        for group in trace.groups
-        for source in group.statistics
-        if gone.get(group.name, np.zeros(1)).any()
-        for name in [group.name]
-    }
-    for name, source in statistics.items():
-        yield {
-            "kind": "message",
-            "text": f"group {name}: the statistics of {source} change with the cut; train on, or exact=True",
-        }
+    for group in trace.groups:
+        if group.statistics and group.name in gone and gone[group.name].any():
+            more = f" and {len(group.statistics) - 1} more" if len(group.statistics) > 1 else ""
+            text = f"group {group.name}: the statistics of {group.statistics[0]}{more} change with the cut: train on, or exact=True"
+            yield {"kind": "message", "text": text}
     for note in notes:
         yield {"kind": "message", "text": note}
     if decision is None:
