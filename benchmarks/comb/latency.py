@@ -35,12 +35,12 @@ def main() -> None:
     parser.add_argument("--runs", type=int, default=RUNS)
     options = parser.parse_args()
     torch.set_num_threads(1)
-    done = {(row["network"], row["runtime"]) for row in there("latency")}
+    done = {(row["network"], row["runtime"], row["keep"]) for row in there("latency")}
     names = options.networks or list(dict.fromkeys(setting.network for setting in SETTINGS))
     for name in names:
         settings = [setting for setting in SETTINGS if setting.network == name and found([setting])]
         for runtime in RUNTIMES:
-            if (name, runtime) not in done and settings:
+            if any((name, runtime, setting.keep) not in done for setting in settings):
                 for row in timed(name, settings, runtime, options.runs):
                     add("latency", row)
     write()
@@ -93,7 +93,8 @@ def exported(model: nn.Module, name: str, x: torch.Tensor) -> Path:
 
 def write() -> None:
     order = [*NETWORKS]
-    rows = sorted(there("latency"), key=lambda row: (order.index(row["network"]), row["runtime"], -row["keep"]))
+    latest = {(row["network"], row["runtime"], row["keep"]): row for row in there("latency")}
+    rows = sorted(latest.values(), key=lambda row: (order.index(row["network"]), row["runtime"], -row["keep"]))
     columns = {
         "network": lambda row: row["network"],
         "runtime": lambda row: {"onnxruntime": "ONNX Runtime", "openvino": "OpenVINO"}[row["runtime"]],

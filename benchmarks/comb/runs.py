@@ -63,15 +63,15 @@ class Training:
 
 
 TRAINING = {
-    "resnet": Training(1200, 0.02),
-    "resnet small": Training(1200, 0.02),
-    "resnext": Training(1000, 0.02),
-    "mobilenet": Training(1000, 0.02),
-    "vit": Training(1200, 5e-4),
-    "unet": Training(500, 1e-3),
-    "unet small": Training(500, 1e-3),
-    "unet 7": Training(500, 1e-3),
-    "seaformer": Training(500, 1e-3),
+    "resnet": Training(600, 0.02),
+    "resnet small": Training(800, 0.02),
+    "resnext": Training(600, 0.02),
+    "mobilenet": Training(600, 0.02),
+    "vit": Training(800, 1e-3),
+    "unet": Training(400, 2e-3),
+    "unet small": Training(400, 2e-3),
+    "unet 7": Training(400, 2e-3),
+    "seaformer": Training(400, 2e-3),
 }
 
 
@@ -147,7 +147,10 @@ def pruned(setting: Setting) -> tuple[nn.Module, fw.Plan, Row]:
     events: list[dict[str, Any]] = []
     stage = fw.Stage(seed=setting.seed, report=events.append)
     plan = method(model, _task(task, model, steps, setting.seed), stage)
-    return model.eval(), plan, {"texts": [event["text"] for event in events if event["kind"] in ("message", "unmet")]}
+    rows = {name: len(p) for name, p in model.named_parameters() if p.ndim > 1}
+    before = {name: len(p) for name, p in dense(setting.network).named_parameters() if p.ndim > 1}
+    texts = [event["text"] for event in events if event["kind"] in ("message", "unmet")]
+    return model.eval(), plan, {"kept": {name: [before[name], rows[name]] for name in rows}, "texts": texts}
 
 
 def pruning(setting: Setting, steps: int) -> fw.GradualChannelPruning:
@@ -179,7 +182,9 @@ def _optimizer(setting: Setting) -> Any:
 def command(experiment: str, settings: Sequence[Setting], doc: str | None) -> None:
     """The command line of an experiment that is a list of settings."""
     parser = argparse.ArgumentParser(prog=f"python -m benchmarks.comb.{experiment}", description=doc)
-    parser.add_argument("networks", nargs="*", help="default: all of the experiment's")
-    chosen = parser.parse_args().networks
+    parser.add_argument(
+        "families", nargs="*", help="what names of networks begin with; default: all of the experiment's"
+    )
+    families = tuple(parser.parse_args().families) or ("",)
     torch.set_num_threads(1)
-    run([setting for setting in settings if not chosen or setting.network in chosen])
+    run([setting for setting in settings if setting.network.startswith(families)])
