@@ -6,6 +6,7 @@
 
 from featherweight.edits.apply import apply, replay
 from featherweight.edits.cut import Cut, cut, refusals
+from featherweight.edits.exported import ExportedCut, cut_exported
 from featherweight.edits.fake_quant import FakeQuantize
 from featherweight.edits.self_attention import SelfAttention
 from featherweight.edits.swap import SWAPS, Attention
@@ -15,11 +16,13 @@ __all__ = [
     "SWAPS",
     "Attention",
     "Cut",
+    "ExportedCut",
     "FakeQuantize",
     "SelfAttention",
     "Verified",
     "apply",
     "cut",
+    "cut_exported",
     "refusals",
     "replay",
     "verify",

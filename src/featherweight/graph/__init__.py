@@ -3,5 +3,6 @@
 
 from featherweight.graph.combing import trace
 from featherweight.graph.couplings import Coupling, Frozen, Group, Member, Op, Role, Size, Trace
+from featherweight.graph.program import Program, rewrite
 
-__all__ = ["Coupling", "Frozen", "Group", "Member", "Op", "Role", "Size", "Trace", "trace"]
+__all__ = ["Coupling", "Frozen", "Group", "Member", "Op", "Program", "Role", "Size", "Trace", "rewrite", "trace"]

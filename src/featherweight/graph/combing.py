@@ -174,6 +174,7 @@ class Assembly:
             notes=tuple(notes),
             shapes={name: tuple(tensor.shape) for name, tensor in walk.state.items()},
             sizes_of=sizes_of,
+            grain=walk.joiner.grain,
         )
 
     def _size(self, labels: np.ndarray | None, extent: int) -> Size:

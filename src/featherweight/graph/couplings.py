@@ -144,6 +144,7 @@ class Trace:
     notes: tuple[str, ...]
     shapes: Mapping[str, tuple[int, ...]]
     sizes_of: Mapping[str, tuple[Size, ...]]
+    grain: Literal["heads", "dims"] = "heads"
 
     def __getitem__(self, name: str) -> Group:
         if name not in self._by_name:

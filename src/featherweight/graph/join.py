@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterable, Sequence
+from typing import Literal
 
 from torch import Tensor
 
@@ -55,7 +56,7 @@ class Join:
     `heads` keeps the outer one, so that whole attention heads are the unit; `dims` the inner one.
     """
 
-    def __init__(self, labels: Labels, grain: str) -> None:
+    def __init__(self, labels: Labels, grain: Literal["heads", "dims"]) -> None:
         self.labels, self.grain = labels, grain
         self.heads: list[Tensor] = []
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -59,7 +59,7 @@ def rewrite(
     inputs: tuple[Any, ...] | Mapping[str, Any],
     removed: Mapping[str, np.ndarray],
     *,
-    grain: str = "heads",
+    grain: Literal["heads", "dims"] = "heads",
     seconds: float = 300.0,
 ) -> Program:
     """The model's exported program with these couplings (indices by group of its trace) cut out. The model stays as it is.

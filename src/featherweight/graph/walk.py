@@ -7,7 +7,7 @@ import dataclasses
 import operator
 import time
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -74,7 +74,7 @@ Rule = Callable[["Walk", Call], Any]
 class Walk:
     """The state of one walk: labels, the model's axes, what has statistics, and what is to be told in the end."""
 
-    def __init__(self, captured: Captured, grain: str, deadline: float) -> None:
+    def __init__(self, captured: Captured, grain: Literal["heads", "dims"], deadline: float) -> None:
         self.labels = Labels()
         self.joiner = Join(self.labels, grain)
         self.captured, self.deadline = captured, deadline
