@@ -293,7 +293,7 @@ def test_a_wrong_trace_does_not_prove_itself(tensor: str, shift: int | None) -> 
     with pytest.raises(VerifyError):
         cut(
             model,
-            Coupling("stem", 0) and [Coupling("stem", 0)],
+            [Coupling("stem", 0)],
             trace=dataclasses.replace(found, groups=groups),
             inputs=IMAGE,
         )
