@@ -275,8 +275,8 @@ def _mended(
         first = first or judge.first
     raise VerifyError(
         f"the cut cannot be carried out in the model's own code: {first}. Nothing was changed. A size is written there as "
-        "a number, or is computed from one that stays; read it from the tensor's shape or from an attribute of the "
-        "layer, or leave this group out."
+        "a number, or is computed from one that stays: read it from the tensor's shape or from an attribute of the "
+        "layer, leave this group out (`refusals` lists all such), or take cut_exported, whose result is a program."
     )
 
 

@@ -19,12 +19,12 @@ import torch
 from torch import Tensor, nn
 
 from featherweight.edits.apply import replay
-from featherweight.edits.effective import behind, find_effective, put, value_of
+from featherweight.edits.effective import behind, find_effective, is_computed, put, value_of
 from featherweight.edits.exact import Exact, Statistic, double, run
 from featherweight.edits.whereabouts import first_difference, whereabouts
 from featherweight.edits.zeroed import Lost, Side, prepare, zeros
 from featherweight.errors import EditError, VerifyError
-from featherweight.plan import Edit, Plan, Swap
+from featherweight.plan import Edit, Plan, Slice, Swap
 
 if TYPE_CHECKING:
     from featherweight.edits.cut import Cut
@@ -96,7 +96,6 @@ def prove(
     """What `verify` does. `ready` is an oracle of `generic` for this cut, where one is at hand."""
     notes: list[str] = []
     proofs = []
-    own = Oracle(double(before), plan.edits, inputs, seed, read)
     for attempt in range(3):  # random weights may happen to switch off all that was cut, behind a ReLU
         oracle, scale = ready or generic(before, plan.edits, inputs, seed + attempt, read)
         ready = None
@@ -110,6 +109,8 @@ def prove(
         seen = oracle.seen(twin)
         if any(seen.values()) or not seen or not scale:
             break
+    del oracle, twin  # a copy of the model in float64 each
+    own = Oracle(double(before), plan.edits, inputs, seed, read)
     proofs.append(own.prove(_carried(double(after), own.lost), tolerance))
     if seen and not any(seen.values()):
         raise VerifyError(
@@ -145,7 +146,8 @@ class Oracle:
         read: Collection[tuple[str, int]] = (),
     ) -> None:
         self.before, self.inputs, self.seed = before, inputs, seed
-        self.base = double(before)
+        apart = any(isinstance(edit, Swap) or _computes(before, edit) for edit in edits)
+        self.base = double(before) if apart else before
         self.lost = prepare(self.base, edits, read)
         exact = Exact()
         self.answers = _answers(self.base, inputs, exact, seed)
@@ -246,6 +248,13 @@ class Oracle:
             if tensors:
                 seen[one.name] = any(t.grad is not None and bool(t.grad.any()) for t in tensors)
         return seen
+
+
+def _computes(model: nn.Module, edit: Edit) -> bool:
+    if not isinstance(edit, Slice):
+        return False
+    layer, _, leaf = edit.tensor.rpartition(".")
+    return is_computed(dict(model.named_modules()).get(layer), leaf)
 
 
 def generic(
