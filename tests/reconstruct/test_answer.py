@@ -61,6 +61,17 @@ def test_the_corrected_target_is_the_least_squares_answer_to_the_dense_outputs()
     assert error_of(target, W, judge)[0] < 1e-2 * error_of(W, W, judge)[0]
 
 
+def test_a_layer_that_lacks_nothing_but_rounding_is_answered_by_its_own_weights() -> None:
+    W = layer().matrix().double()
+    X, seen = drawn(1)
+    same, judge = statistics(W, X, X), statistics(W, X, seen)
+    target, ridge = corrected(W, same, judge)
+    assert ridge is None
+    assert target is W
+    a_little = statistics(W, X, X + 1e-4 * (seen - X))
+    assert corrected(W, a_little, a_little)[1] is not None
+
+
 def test_held_out_samples_hold_a_target_back_that_fits_noise() -> None:
     """Eight tokens for twelve inputs: the least-squares target is nowhere near W on other tokens."""
     W = layer().matrix().double()

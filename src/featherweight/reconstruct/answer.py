@@ -27,8 +27,10 @@ from featherweight.solvers.pruning import Pruned, prune
 from featherweight.solvers.quantizing import Quantized, quantize
 from featherweight.solvers.refit import refit
 
-__all__ = ["Answer", "Want", "corrected", "error_of", "simple_weights", "solve"]
+__all__ = ["NOTHING", "Answer", "Want", "corrected", "error_of", "simple_weights", "solve"]
 
+# A share of the output's energy that is nothing but rounding: a layer that lacks no more is answered by W itself.
+NOTHING = 1e-12
 # Strengths of the ridge toward W, relative to the mean diagonal of H.
 _RIDGES = (1e-4, 1e-3, 1e-2, 1e-1, 1.0)
 
@@ -163,7 +165,7 @@ def _solve(
 
 
 def corrected(W: Tensor, fit: Statistics, held_out: Statistics | None) -> tuple[Tensor, float | None]:
-    """The target W' (rows, d) and the ridge used; W itself where the layer sees what the dense one saw.
+    """The target W' (rows, d) and the ridge used; W itself where the layer sees what the dense one saw, or answers alike.
 
     W' = (T + λ W) (H + λ I)⁻¹, the least of ½ tr(V H Vᵀ) - tr(V Tᵀ) + ½ λ ||V - W||², with λ relative to the mean of H's
     live diagonal. Held-out samples choose among strengths and W itself; without them λ is 0.01.
@@ -175,6 +177,8 @@ def corrected(W: Tensor, fit: Statistics, held_out: Statistics | None) -> tuple[
         return W, None
     mean = float(live.mean())
     best, ridge = W, None
+    if _judged(W, W, fit) <= NOTHING * fit.energy:
+        return W, None
     least = float("inf") if held_out is None else _judged(W, W, held_out)
     index, step = _RIDGES.index(1e-2), 1
     while 0 <= index < len(_RIDGES):

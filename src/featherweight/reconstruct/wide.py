@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from featherweight.layers import Problem, Statistics, split
-from featherweight.reconstruct.answer import Answer, Want, corrected, error_of, simple_weights, solve
+from featherweight.reconstruct.answer import NOTHING, Answer, Want, corrected, error_of, simple_weights, solve
 from featherweight.solvers.refit import refit
 
 __all__ = ["most_columns", "solve_wide"]
@@ -142,9 +142,11 @@ def _refit(
         fit, held_out = (part.get(block.name) for part in collect([block]))
         if fit is None:
             continue
-        now = block.matrix()
+        now, judge = block.matrix(), held_out or fit
+        loss, energy = error_of(now, original, judge)
+        if loss <= NOTHING * energy:
+            continue
         target, _ = corrected(original.double(), fit, held_out)
         trial = refit(target, fit.H, now == 0, damping=want.damping, budget_bytes=want.budget_bytes).to(now.dtype)
-        judge = held_out or fit
-        if error_of(trial, original, judge)[0] < error_of(now, original, judge)[0]:
+        if error_of(trial, original, judge)[0] < loss:
             block.write(trial)
