@@ -80,12 +80,15 @@ class Assembly:
 
     def _freeze_unmade(self) -> None:
         """Positions that no layer makes (a table's rows that nothing contracts) are nobody's channels."""
+        heard = self.walk.heard
         made = np.zeros(self.walk.labels.count, dtype=bool)
         for axis in self.own:
-            if axis.role in ("output", "scale"):
+            if axis.role in ("output", "scale") and axis.tensor in heard:
                 made[self._roots(axis)] = True
         self.walk.labels.now = None
-        self.walk.labels.freeze(torch.from_numpy(np.flatnonzero(~made[self.roots])), "no layer makes it")
+        self.walk.labels.freeze(
+            torch.from_numpy(np.flatnonzero(~made[self.roots])), "no layer makes it, or no output follows from it"
+        )
 
     def _roots(self, axis: Axis) -> np.ndarray:
         return self.roots[axis.first : axis.first + axis.size]

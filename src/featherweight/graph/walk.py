@@ -88,6 +88,7 @@ class Walk:
         self.weights: dict[str, str] = {}  # tensors that layers multiply by, and the op
         self.slices: dict[tuple[int, int], list[tuple[int, Value]]] = {}
         self.found: dict[torch.fx.Node, Any] = {}  # the values of all nodes
+        self._live: set[torch.fx.Node] = set()
         self._concrete: dict[torch.fx.Node, Any] = {}
 
     # What rules call ---------------------------------------------------------------------------------------------
@@ -157,11 +158,15 @@ class Walk:
         starts = np.array([axis.first for axis in self.axes])
         return [self.axes[i] for i in np.unique(np.searchsorted(starts, ids, side="right") - 1)]
 
-    def measure(self, value: Value, axes: Sequence[int], op: str) -> None:
-        """A statistic is taken over these axes: cutting what varies along them changes it."""
-        for plane in value.planes:
-            if set(varies(self.labels, plane)) & {axis % len(value.shape) for axis in axes}:
-                self.statistics.append((plane.reshape(-1), f"{op} at {self.where()}"))
+    def measure(self, labels: Tensor, op: str) -> None:
+        """A statistic is taken over these channels: cutting one changes it. What no output follows from is not told."""
+        if self.labels.now in self._live:
+            self.statistics.append((labels.reshape(-1), f"{op} at {self.where()}"))
+
+    @property
+    def heard(self) -> set[str]:
+        """The model's tensors that an output follows from."""
+        return {name for node, name in self.captured.tensors.items() if node in self._live}
 
     def where(self) -> str:
         node = self.labels.now
@@ -200,7 +205,7 @@ class Walk:
         """Values through one graph; `given` are a subgraph's inputs, None for the whole's."""
         env: dict[torch.fx.Node, Any] = {}
         inputs = iter(given or ())
-        live = _live(module.graph)
+        self._live |= _live(module.graph)
         for node in module.graph.nodes:
             if time.monotonic() > self.deadline:
                 raise GraphError(
@@ -219,11 +224,11 @@ class Walk:
             elif node.op == "output":
                 outputs = torch.fx.node.map_arg(node.args[0], lambda n: env[n])
                 if given is None:
-                    torch.utils._pytree.tree_map_only(
-                        Value, lambda v: self.freeze(v, "it is an output of the model"), outputs
-                    )
+                    for value in torch.utils._pytree.tree_leaves(outputs):
+                        if isinstance(value, Value):
+                            self.freeze(value, "it is an output of the model")
                 return outputs
-            elif node in live:
+            else:
                 env[node] = self._call(node, env, rules)
             if node in env:
                 self.found[node] = env[node]

@@ -61,7 +61,7 @@ def statistic(walk: Walk, call: Call) -> Any:
     for plane in value.planes:
         along = set(varies(walk.labels, plane))
         if along and along <= set(axes):
-            walk.statistics.append((plane.reshape(-1), f"{call.name} at {walk.where()}"))
+            walk.measure(plane, call.name)
         else:
             planes.append(plane)
     value = walk.pin(dataclasses.replace(value, planes=tuple(planes)), axes, f"{call.name} is taken along it")

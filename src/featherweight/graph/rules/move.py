@@ -119,7 +119,7 @@ def cut_out(walk: Walk, call: Call) -> Value:
         seen.append((start if start >= 0 else start + value.shape[axis], found))
         starts = sorted({at for at, _ in seen})
         even = all(other.shape == found.shape for _, other in seen)
-        if even and starts == list(range(0, value.shape[axis], size)):
+        if even and size and starts == list(range(0, value.shape[axis], size)):
             tie(walk, [other for _, other in seen], axis)
     return found
 
@@ -290,6 +290,7 @@ RULES: dict[str, Rule] = {
         ("pad", "constant_pad_nd", "reflection_pad1d", "reflection_pad2d", "replication_pad1d", "replication_pad2d"),
         pad,
     ),
+    "im2col": columns,
     "index": index,
     **dict.fromkeys(("gather", "index_select", "sort", "topk"), pick),
     "copy": write,

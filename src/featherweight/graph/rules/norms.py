@@ -48,7 +48,7 @@ def _measured(walk: Walk, x: Value, axes: list[int], op: str) -> Value:
             planes += walk.pin(Value(x.shape, (plane,)), sorted(along & set(axes)), f"{op} is taken along it").planes
             continue
         if along & set(axes):
-            walk.statistics.append((plane.reshape(-1), f"{op} at {walk.where()}"))
+            walk.measure(plane, op)
         planes.append(plane)
     return dataclasses.replace(x, planes=tuple(planes))
 
@@ -66,7 +66,7 @@ def grouped(walk: Walk, call: Call) -> Any:
             walk.labels.unite(by_group, by_group[:, :1])
         else:
             walk.labels.unite(by_group, by_group[:1])
-            walk.statistics.append((labels, f"group_norm at {walk.where()}"))
+            walk.measure(labels, "group_norm")
     for name in ("weight", "bias"):
         x = affine(walk, x, call[name], 1, "scale")
     return [x, *(None,) * (len(call.out) - 1)] if isinstance(call.out, list) else x
