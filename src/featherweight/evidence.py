@@ -24,8 +24,9 @@ from torch import Tensor, nn
 
 from featherweight import __version__, artefact, deploy, measure, pack
 from featherweight.card import card
+from featherweight.edits.swap import Attention
 from featherweight.errors import FeatherweightError, MissingExtra
-from featherweight.layers import tensors_and_ties
+from featherweight.layers import call_order, tensors_and_ties, unwrap
 from featherweight.measure import Comparison, Latency, Scorecard
 from featherweight.plan import Plan
 from featherweight.recipe import Recipe, to_toml
@@ -242,6 +243,7 @@ def _report(
         "after": after.to_dict(),
         "comparisons": {name: comparison.to_dict() for name, comparison in comparisons.items()},
         "layers": _layers(evidence, coded),
+        "channels": _channels(evidence),
         "export": export,
         "gains": measure.gains(before, after, comparisons),
         "warnings": warnings,
@@ -287,6 +289,43 @@ def _layers(evidence: Evidence, coded: Mapping[str, pack.Coded]) -> list[dict[st
             }
         )
     return rows
+
+
+def _channels(evidence: Evidence) -> list[dict[str, Any]]:
+    """How wide each layer was and is, in the order in which layers first run; nothing where all are as wide as before.
+
+    Attention heads are told where a method told of them or torch's own layer has them; a width of 0 is a layer that is gone.
+    """
+    reference = unwrap(evidence.task.model)
+    now = dict(evidence.model.named_modules())
+    order = {name: i for i, name in enumerate(call_order(reference, evidence.task.example_inputs))}
+    heads: dict[str, int] = {}
+    for fact in (fact for facts in evidence.stages for fact in facts.selection if fact["kind"] == "heads"):
+        heads.setdefault(fact["name"].rpartition(".")[0], fact["shape"][0])
+    rows = []
+    for name, module in sorted(reference.named_modules(), key=lambda pair: order.get(pair[0], len(order))):
+        before = measure.width(module)
+        if before is None or isinstance(_parent(reference, name), nn.MultiheadAttention):  # one layer to us
+            continue
+        after = _width_left(now.get(name))
+        count = module.num_heads if isinstance(module, nn.MultiheadAttention) else heads.get(name, 0)
+        whole = count and count * after % before == 0
+        pair = {"before": count, "after": count * after // before} if whole else None
+        rows.append({"layer": name, "before": before, "after": after, "heads": pair})
+    return rows if any(row["before"] != row["after"] for row in rows) else []
+
+
+def _parent(model: nn.Module, name: str) -> nn.Module:
+    return model.get_submodule(name.rpartition(".")[0])
+
+
+def _width_left(module: nn.Module | None) -> int:
+    """Of what stands where a layer stood: the last of a factor's two layers, the queries of our attention; 0 of no layer."""
+    if isinstance(module, nn.Sequential):
+        module = next(reversed(list(module)), None)
+    if isinstance(module, Attention):
+        module = module.q
+    return 0 if module is None else measure.width(module) or 0
 
 
 def _versions() -> dict[str, str]:

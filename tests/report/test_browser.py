@@ -8,6 +8,7 @@ import pytest
 from featherweight.report import compare_reports, render
 from tests.report.browser import Page, browse, find_chromium
 from tests.report.sample import sample_report
+from tests.report.test_channels import ROWS
 from tests.report.test_page import SECTIONS, long_layers, poisoned, small_report
 
 pytestmark = pytest.mark.skipif(
@@ -25,6 +26,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "hostile": render(poisoned(small_report())),
         "large": render(large),
         "empty": render({}),
+        "cut": render({**sample_report(), "channels": ROWS * 25}),
         "compared": compare_reports([sample_report(), poisoned(small_report())]),
     }
     for name, html in pages.items():
@@ -39,7 +41,7 @@ def page(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Page]:
 
 
 @pytest.mark.parametrize("width", [390, 1440])
-@pytest.mark.parametrize("name", ["sample", "hostile", "large", "empty", "compared"])
+@pytest.mark.parametrize("name", ["sample", "hostile", "large", "empty", "cut", "compared"])
 def test_the_page_is_quiet_fetches_nothing_and_fits_the_screen(page: Page, folder: Path, name: str, width: int) -> None:
     page.open(folder / f"{name}.html", width)
     page.evaluate("document.querySelectorAll('details').forEach(one => { one.open = true })")

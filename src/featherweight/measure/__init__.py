@@ -6,6 +6,7 @@ from featherweight.measure.counts import Counts, LayerCounts, count
 from featherweight.measure.latency import NOISE, Comparison, Latency, compare, time_callables
 from featherweight.measure.machine import machine_facts
 from featherweight.measure.scorecard import Scorecard, gains
+from featherweight.measure.widths import width
 
 __all__ = [
     "NOISE",
@@ -21,4 +22,5 @@ __all__ = [
     "machine_facts",
     "run_once",
     "time_callables",
+    "width",
 ]

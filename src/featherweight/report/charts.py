@@ -15,7 +15,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from html import escape
 
-__all__ = ["Axis", "Panel", "axis_for", "bar", "curve", "scale", "scatter", "strip", "thin"]
+__all__ = ["Axis", "Panel", "axis_for", "bar", "columns", "curve", "scale", "scatter", "strip", "thin"]
 
 Point = tuple[float, float | None]  # None: a value that is not a number, drawn as a gap
 
@@ -176,6 +176,28 @@ def bar(share: float, kind: str) -> str:
         f'<svg class="bar" width="100%" height="14" aria-hidden="true"><rect class="trough" width="100%" height="14"/>'
         f'<rect class="{kind}" width="{max(share * 100, 0.3):.2f}%" height="14"/></svg>'
     )
+
+
+def columns(
+    label: str,
+    series: Sequence[tuple[str, Sequence[tuple[float, float]]]],
+    wide: float,
+    y: Axis,
+    text: Callable[[float], str],
+) -> str:
+    """Columns from the ground up, `wide` of the picture's width each: (kind, points) of several, one drawn over the other.
+
+    A point's first number is the place of its middle, 0 to `WIDTH`. A column of 0 is not drawn.
+    """
+    shape = [f'<path class="grid" d="{"".join(_across(y, tick) for tick in y.ticks)}"/>']
+    for kind, points in series:
+        drawn = (
+            f"M{_n(place - wide / 2)} {HEIGHT}V{_n(_y(y, value))}h{_n(wide)}V{HEIGHT}Z"
+            for place, value in points
+            if value
+        )
+        shape.append(f'<path class="{kind}" d="{"".join(drawn)}"/>')
+    return _picture(label, 150, shape, [_tick_text(y, tick, text) for tick in y.ticks])
 
 
 def scatter(points: Sequence[tuple[float, float, str, str]], x: Axis, y: Axis, text: Callable[[float], str]) -> str:

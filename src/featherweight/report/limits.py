@@ -39,7 +39,7 @@ class Limits:
         return value
 
     def _entry(self, key: str, value: Any) -> Any:
-        if key in ("layers", "selection", "solved") and isinstance(value, list | tuple):
+        if key in ("channels", "layers", "selection", "solved") and isinstance(value, list | tuple):
             return [self.shorten(row) for row in value]
         if key in ("history", "samples_ms"):
             return value

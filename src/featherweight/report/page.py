@@ -13,7 +13,7 @@ from functools import lru_cache
 from typing import Any
 
 from featherweight.errors import require
-from featherweight.report import charts, curves, tables, timings, words
+from featherweight.report import channels, charts, curves, tables, timings, words
 from featherweight.report.limits import LIMITS, MAX_BYTES, Limits
 from featherweight.report.tables import part, text
 
@@ -76,6 +76,7 @@ def _view(report: Mapping[str, Any], limits: Limits) -> dict[str, Any]:
         "stages_note": _stages_note(report),
         "details": [_stage(stage, limits.rows) for stage in tables.items(report, "stages")],
         "curves": drawn,
+        "channels": channels.view(report, limits.rows),
         "layers": layers,
         "layers_rest": rest,
         "layers_total": tables.total_row(report),
@@ -105,6 +106,7 @@ def _sections(view: Mapping[str, Any]) -> list[tuple[str, str]]:
         ("gains", "Gained, and not gained", view["gains"]),
         ("stages", "Before and after each stage", view["stages"]),
         ("curves", "Training curves", view["curves"]),
+        ("channels", "The network before and after", view["channels"]),
         ("sizes", "Size on disk", view["sizes"]),
         ("latency", "Latency", view["latency"]),
         ("layers", "Layer by layer", view["layers"]),
