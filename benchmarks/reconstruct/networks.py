@@ -208,7 +208,7 @@ def _profiles(database: Database, times: int) -> dict[str, Mapping[str, Entry]]:
 def cost(options: argparse.Namespace, there: list[Row]) -> Iterator[Row]:
     """A whole network to 75 % zeros: minutes and the peak of resident memory, the network and its data included."""
     for name in options.subjects or [*COSTS, "crepe_full"]:
-        if any(row["subject"] == name for row in there):
+        if any((row["subject"], row["solver"]) == (name, options.solver) for row in there):
             continue
         subject = (COSTS | SUBJECTS)[name]()
         start = peak_bytes()
