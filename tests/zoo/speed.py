@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """`python -m tests.zoo.speed`: how long combing takes on networks of full size, beyond torch.export, and with depth.
 
-torch.export is timed by itself on a copy and taken off. The least of two rounds counts: other work on the machine only adds.
+Seconds of one core, which other work on the machine does not touch. torch.export is timed by itself and taken off; of two
+rounds the lesser counts.
 """
 
 from __future__ import annotations
@@ -58,12 +59,12 @@ def measure(name: str) -> dict[str, Any]:
     model.eval()
     exports, traces = [], []
     for _ in range(ROUNDS):
-        start = time.perf_counter()
+        start = time.process_time()
         torch.export.export(model, inputs, strict=False)
-        exports.append(time.perf_counter() - start)
-        start = time.perf_counter()
+        exports.append(time.process_time() - start)
+        start = time.process_time()
         found = trace(model, inputs)
-        traces.append(time.perf_counter() - start)
+        traces.append(time.process_time() - start)
     return {
         "name": name,
         "operations": len(found.ops),

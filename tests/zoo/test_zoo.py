@@ -98,7 +98,7 @@ def test_a_network_is_the_same_each_time_that_it_is_made_and_its_norms_are_not_t
 
 
 def test_a_process_that_does_not_answer_in_time_has_hung_and_one_that_dies_has_crashed(tmp_path: Path) -> None:
-    assert run._process("vgg", tmp_path, 0.1, [])["process"]["outcome"] == "hung"
+    assert run._process("vgg", tmp_path, 1.0, [])["process"]["outcome"] == "hung"
     facts = run._process("no such network", tmp_path, 60.0, [])
     assert facts["process"]["outcome"] == "crashed" and "no such network" in facts["process"]["reason"]
 
