@@ -148,3 +148,12 @@ def test_a_large_last_rung_gives_way_to_smaller_ones_that_come_nearer() -> None:
     assert nearest_to(path, ladders, ratio, 0.02).tolist() == [1, 1] or ratio(np.array([4, 4])) == 1.0
     best = nearest_to(path, ladders, ratio, 0.001)
     assert abs(ratio(counts_after(ladders, best)) - 1) < 0.01
+
+
+def test_rungs_of_several_couplings_are_compared_by_their_mean() -> None:
+    dear, cheap = np.full(10, 5.0), np.full(10, 3.0)
+    ladders = [ladder(own, np.zeros(10, dtype=bool), multiple=4) for own in (dear, cheap)]
+    assert [own.weights.tolist() for own in ladders] == [[10.0, 20.0], [6.0, 12.0]]
+    assert ranked(ladders, "isomorphic", freed, "aa").tolist() == [1, 1, 0, 0]
+    assert ranked(ladders, "global", lambda kept, going: going, "aa").tolist() == [1, 1, 0, 0]
+    assert greedy(ladders, lambda kept, going: going).tolist() == [1, 1, 0, 0]
