@@ -241,8 +241,9 @@ class ChannelPruner:
                 own = None if found is None else found[None]
             if own is None:
                 continue
-            score = OF_GATES[str(o.importance)](own if scale is None else own / scale).nan_to_num(0.0, 0.0, 0.0).cpu()
-            self._gathered[group.name] = self._gathered[group.name] + score if group.name in self._gathered else score
+            score = OF_GATES[str(o.importance)](own if scale is None else own / scale).nan_to_num(0.0, 0.0, 0.0)
+            before = self._gathered.get(group.name)  # on the device until an update: nothing waits for it
+            self._gathered[group.name] = score if before is None else before.to(score.device) + score
 
     def _update(self) -> bool:
         """Chooses what goes and masks it; False where it has to wait for a gradient."""

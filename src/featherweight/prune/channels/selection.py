@@ -10,7 +10,7 @@ import numpy as np
 from torch import nn
 
 from featherweight.errors import NothingToCompress
-from featherweight.graph import Group, Trace
+from featherweight.graph import Frozen, Group, Trace
 from featherweight.layers import Selected, matches, select
 from featherweight.prune.channels.options import ChannelOptions
 
@@ -97,7 +97,9 @@ def refuse_nothing(groups: list[Group], trace: Trace, kept: Mapping[str, str]) -
     if groups:
         return
     reasons = [f"{name}: {reason}" for name, reason in kept.items()]
-    reasons += [f"{f.tensor}: {f.op} at {f.source}: {f.reason}" for f in trace.frozen]
+    reasons += [
+        f"{frozen.tensor} axis {frozen.axis}: {_why(frozen)}" for frozen in trace.frozen if _is_told(frozen, trace)
+    ]
     shown = "; ".join(reasons[:5]) or "the model has no layers with channels between its input and its output"
     more = f"; and {len(reasons) - 5} more" if len(reasons) > 5 else ""
     raise NothingToCompress(f"Nothing to cut. {shown}{more}.")
@@ -121,9 +123,16 @@ def lines(trace: Trace, keeps: Mapping[str, np.ndarray], kept: Mapping[str, str]
         action = "kept" if left == group.size else "pruned"
         yield Selected(name, group.kind, (group.size,), bound, action, 1 - left / group.size, reason)
     for frozen in trace.frozen:
-        shape = trace.shapes.get(frozen.tensor, ())
-        if frozen.positions < 2 or len(shape) < 2 or (frozen.axis > 1 and frozen.op.startswith("conv")):
-            continue  # a single position, a bias that goes with its weight, a kernel: nobody's channels
-        reason = f"{frozen.reason} ({frozen.op}{f' at {frozen.source}' if frozen.source else ''})"
-        name = f"{frozen.tensor} axis {frozen.axis}"
-        yield Selected(name, "frozen", (frozen.positions,), 0, "kept", 0.0, reason)
+        if _is_told(frozen, trace):
+            name = f"{frozen.tensor} axis {frozen.axis}"
+            yield Selected(name, "frozen", (frozen.positions,), 0, "kept", 0.0, _why(frozen))
+
+
+def _is_told(frozen: Frozen, trace: Trace) -> bool:
+    """Not a single position, a bias that goes with its weight, or a kernel: these are nobody's channels."""
+    kernel = frozen.axis > 1 and frozen.op.startswith("conv")
+    return frozen.positions > 1 and len(trace.shapes.get(frozen.tensor, ())) > 1 and not kernel
+
+
+def _why(frozen: Frozen) -> str:
+    return f"{frozen.reason} ({frozen.op} at {frozen.source})" if frozen.source else frozen.reason

@@ -61,6 +61,10 @@ def _limit(me: str, kind: str, amount: object, whole: float) -> float:
         return whole * number / 100
     if kind == "bytes":
         return float(parse_bytes(cast(str, amount), f"{me}: until bytes"))
+    if kind != "latency" and isinstance(amount, float) and 0 < amount < 1:
+        raise OptionError(
+            f"{me}: until {kind}={amount!r} is less than one; the share kept is written {kind}='{100 * amount:g} %'."
+        )
     if isinstance(amount, int | float) and not isinstance(amount, bool) and amount > 0:
         return float(amount)
     table: Mapping[str, float] = _SECONDS if kind == "latency" else _COUNTS
