@@ -356,3 +356,26 @@ def test_every_group_can_be_masked_and_cut(kind: type[Gated]) -> None:
     pruner.finalize()
     assert trace(model, inputs).parameters() <= 0.42 * pruner.trace.parameters()
     assert all(pruner.kept[name] < size for name, size in pruner.trace.sizes.items())
+
+
+def test_scores_are_summed_since_the_last_update_alone() -> None:
+    model = built(Mlp)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+    pruner = fw.GradualChannelPruning({"macs": "99 %"}, begin=1, end=4, every=2).attach(
+        model, optimizer, (batch_of(Mlp)[0][:2],)
+    )
+    singles = []
+    for step in range(4):
+        one = batch_of(Mlp, seed=step)
+        optimizer.zero_grad()
+        loss_of(model(one[0]), one).backward()
+        weight = model.b.weight
+        singles.append((weight * weight.grad).sum(0).square().detach())
+        optimizer.step()
+        pruner.step()
+        gathered = pruner.state_dict()["gathered"]
+        expected = {0: singles[:1], 1: [], 2: singles[2:3], 3: []}[step]
+        assert (step in (1, 3)) == (not gathered)
+        if expected:
+            torch.testing.assert_close(gathered["a"], expected[0])
+    pruner.finalize()
