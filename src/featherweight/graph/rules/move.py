@@ -40,8 +40,6 @@ _MOVES = [
     "unbind",
     "pixel_shuffle",
     "pixel_unshuffle",
-    "channel_shuffle",
-    "native_channel_shuffle",
     "diagonal",
     "unfold",
     "view_as",
@@ -56,6 +54,14 @@ def move(walk: Walk, call: Call) -> Any:
     if isinstance(found, Value) and found.planes:
         walk.tell(call, found)
     return found
+
+
+def shuffle(walk: Walk, call: Call) -> Any:
+    """channel_shuffle: the module goes on to deal out as many groups, so what is left of them stays a product."""
+    value = call["self"]
+    apart = (value.shape[0], call["groups"], -1, *value.shape[2:])
+    walk.planes += [shrink(expand(plane, value.shape).reshape(apart)) for plane in value.planes]
+    return move(walk, call)
 
 
 def widen(walk: Walk, call: Call) -> Value:
@@ -280,6 +286,7 @@ def columns(walk: Walk, call: Call) -> Value:
 
 RULES: dict[str, Rule] = {
     **dict.fromkeys(_MOVES, move),
+    **dict.fromkeys(("channel_shuffle", "native_channel_shuffle"), shuffle),
     **dict.fromkeys(("expand", "expand_as", "broadcast_to"), widen),
     **dict.fromkeys(("roll", "flip"), shift),
     **dict.fromkeys(("chunk", "unsafe_chunk", "split", "unsafe_split", "split_with_sizes", "tensor_split"), part),
