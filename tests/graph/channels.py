@@ -88,6 +88,17 @@ def _(self, x):
 
 
 @pattern(
+    "channel_shuffle_by_op",
+    IMAGE,
+    {"a": 5},
+    lambda: {"a": conv(3, 10), "mix": nn.ChannelShuffle(2), "head": conv(10, 4)},
+)
+def _(self, x):
+    """The module goes on to deal out two halves, so that both lose the same."""
+    return self.head(self.mix(F.relu(self.a(x))))
+
+
+@pattern(
     "channel_shuffle_between_groups",
     IMAGE,
     {"stem": 3, "b": 2},

@@ -33,11 +33,14 @@ IN_CODE = {
     "linear_attention": "view(..., 3, -1)",
     "linear_attention dims": "elu(0) + 1 is not 0, and no weight reads these channels",
     "lstm_projected": "torch's LSTM takes one projection's size for all",
+    "parametrized_one_way": "nothing can be put behind a parametrization without right_inverse",
     "rotary dims": "view(..., 4)",
     "rotary_interleaved dims": "view(..., 4)",
+    "spectral_norm": "vectors of the power iteration",
     "split_slice": "y[:, :4]",
     "unused_branch": "what is computed and dropped is not in the graph",
     "view_static": "view(-1, 240)",
+    "weight_standardized": "a row's mean is of the inputs that are left",
     "weight_slices": "w[:4]",
 }
 
@@ -70,12 +73,12 @@ def answers_as_if_absent(name: str, found: Trace, couplings: list[Coupling], mod
         torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-9 * float(b.abs().max()))
 
 
-def cut_or_refused(name: str, grain: str, couplings: list[Coupling], verify: bool = True) -> None:
+def cut_or_refused(name: str, grain: str, couplings: list[Coupling]) -> None:
     found = traced(name, grain)
     model, inputs = build(name)
     before = {key: value.clone() for key, value in model.state_dict().items()}
     try:
-        cut(model, couplings, trace=found, inputs=inputs, verify=verify)
+        cut(model, couplings, trace=found, inputs=inputs)
     except EditError:
         assert f"{name} {grain}".removesuffix(" heads") in IN_CODE
         now = model.state_dict()
@@ -88,15 +91,21 @@ def cut_or_refused(name: str, grain: str, couplings: list[Coupling], verify: boo
 
 @EVERY
 def test_each_group_is_cut_by_one_coupling(name, grain):
-    for group in traced(name, grain).groups:
-        cut_or_refused(name, grain, some(group, 0.0, seed=1), verify=False)
+    """Without proof, and without looking for sizes in the code where tensors say enough."""
+    found = traced(name, grain)
+    for couplings in (some(group, 0.0, seed=1) for group in found.groups if group.size > 3):
+        model = build(name)[0]
+        try:
+            cut(model, couplings, trace=found, verify=False)
+            answers_as_if_absent(name, found, couplings, model)
+        except (EditError, AssertionError, RuntimeError, IndexError):
+            cut_or_refused(name, grain, couplings)
 
 
 @EVERY
 def test_each_group_is_cut_by_a_third_and_proved(name, grain):
     for group in traced(name, grain).groups:
-        if group.size > 2:
-            cut_or_refused(name, grain, some(group, 0.34))
+        cut_or_refused(name, grain, some(group, 0.34))
 
 
 @pytest.mark.parametrize("name", [name for name in PATTERNS if name not in IN_CODE])

@@ -55,8 +55,13 @@ class Squash(nn.Module):
         return torch.tanh(weight)
 
 
-def squashed(layer):
-    parametrize.register_parametrization(layer, "weight", Squash())
+class Invertible(Squash):
+    def right_inverse(self, weight):
+        return torch.atanh(weight)
+
+
+def squashed(layer, kind=Invertible):
+    parametrize.register_parametrization(layer, "weight", kind())
     return layer
 
 
@@ -65,6 +70,17 @@ def squashed(layer):
     TOKENS,
     {"a": 7, "b": 5},
     lambda: {"a": squashed(nn.Linear(9, 7)), "b": squashed(nn.Linear(7, 5)), "head": nn.Linear(5, 4)},
+    loose=True,
+)
+def _(self, x):
+    return self.head(F.relu(self.b(F.relu(self.a(x)))))
+
+
+@pattern(
+    "parametrized_one_way",
+    TOKENS,
+    {"a": 7, "b": 5},
+    lambda: {"a": squashed(nn.Linear(9, 7), Squash), "b": squashed(nn.Linear(7, 5), Squash), "head": nn.Linear(5, 4)},
     loose=True,
 )
 def _(self, x):
