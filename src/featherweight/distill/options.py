@@ -67,7 +67,9 @@ class KL:
     def start(self, where: str, student: Tensor, teacher: Tensor) -> nn.Module:
         axis = terms.channel_axis(where, student, self.axis)
         compare = functools.partial(losses.kl, temperature=self.temperature, axis=axis)
-        terms.projection(where, student, teacher, axis, False)
+        terms.refuse_other(where, student, teacher, but=(axis,))
+        advice = "KL compares the same classes in the same order; CWD, CIRKD and Features learn a map between widths."
+        terms.refuse_other(where, student, teacher, advice=advice)
         return terms.Matching(where, compare, student)
 
 
