@@ -29,6 +29,7 @@ from featherweight.errors import EditError, OptionError, VerifyError
 from featherweight.graph import Coupling, Trace
 from featherweight.graph import trace as comb
 from featherweight.plan import Attribute, Edit, Plan, Slice, Swap
+from featherweight.task import describe
 
 __all__ = ["Cut", "cut", "refusals"]
 
@@ -91,6 +92,10 @@ def cut(
     """
     if inputs is None and (verify or trace is None):
         raise OptionError("cut: pass `inputs`, which the model is traced and the cut is proved on; or verify=False.")
+    if inputs is not None and not isinstance(inputs, Mapping | tuple | list):
+        raise OptionError(
+            f"cut: inputs is {describe(inputs)}; give a tuple, for one tensor: (x,), or a dict by keyword."
+        )
     if trace is None:
         trace = comb(model, inputs or ())
     _refuse_stale(model, trace)
@@ -185,7 +190,11 @@ def _refuse_stale(model: nn.Module, trace: Trace) -> None:
 
 def _by_group(couplings: Iterable[Coupling], trace: Trace) -> dict[str, np.ndarray]:
     chosen: dict[str, set[int]] = {}
+    if isinstance(couplings, Coupling):
+        raise OptionError("cut takes several couplings: a list, or a part of a group such as trace['fc'][:4].")
     for coupling in couplings:
+        if not isinstance(coupling, Coupling):
+            raise OptionError(f"cut takes couplings of a trace, such as trace['fc'][:4]; got {coupling!r}.")
         group = trace[coupling.group]
         if not 0 <= coupling.index < group.size:
             raise EditError(f"group {group.name} has {group.size} couplings; there is no number {coupling.index}.")
@@ -321,7 +330,7 @@ class _Judge:
             for edit in attributes:
                 apply(self.model, edit)
             for sums in (False, True):
-                error, output, _ = self.oracle.compare(self.model, sums=sums)
+                error, output = self.oracle.compare(self.model, sums)
                 text = f"{output} differs by {error:.1e} from the model with the cut positions set to zero"
                 right = error <= _TOLERANCE
                 if right:

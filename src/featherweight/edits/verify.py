@@ -11,7 +11,7 @@ uncut model's in all runs, and listed.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -22,9 +22,10 @@ from featherweight.edits.apply import replay
 from featherweight.edits.effective import behind, find_effective, is_computed, put, value_of
 from featherweight.edits.exact import Exact, Statistic, double, run
 from featherweight.edits.whereabouts import first_difference, whereabouts
-from featherweight.edits.zeroed import Lost, Side, prepare, zeros
-from featherweight.errors import EditError, VerifyError
+from featherweight.edits.zeroed import Lost, parts, prepare, zeros
+from featherweight.errors import EditError, FeatherweightError, VerifyError
 from featherweight.plan import Edit, Plan, Slice, Swap
+from featherweight.task import describe
 
 if TYPE_CHECKING:
     from featherweight.edits.cut import Cut
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
 __all__ = ["Inputs", "Oracle", "Verified", "generic", "prove", "verify"]
 
 Inputs = tuple[Any, ...] | Mapping[str, Any]
+_TRIALS = 32  # parts that are looked for axis by axis
 
 
 @dataclass(frozen=True)
@@ -150,36 +152,38 @@ class Oracle:
         self.base = double(before) if apart else before
         self.lost = prepare(self.base, edits, read)
         exact = Exact()
-        self.answers = _answers(self.base, inputs, exact, seed)
+        try:
+            self.answers = _answers(self.base, inputs, exact, seed)
+        except FeatherweightError:
+            raise
+        except Exception as stopped:  # whatever the user's forward raises
+            raise EditError(
+                f"the uncut model does not run on the inputs {describe(inputs)}, in float64: "
+                f"{whereabouts(stopped, self.base)}. Nothing was cut; pass inputs as the model was traced on."
+            ) from stopped
         self.record: list[Statistic] = exact.statistics
         if self.finite and any(isinstance(edit, Swap) for edit in edits):
             error, output = _difference(_answers(before, inputs, Exact(), seed), self.answers, "the swapped layers")
             if error > 1e-9:
                 raise VerifyError(f"after the swaps of the plan, {output} differs by {error:.1e} with nothing cut.")
-        self._masked: dict[tuple[Side, frozenset[int]], dict[str, Tensor]] = {}
+        self._masked: dict[tuple[frozenset[int], frozenset[int]], dict[str, Tensor]] = {}
 
     @property
     def finite(self) -> bool:
         return all(bool(t.isfinite().any()) and not bool(t.isnan().any()) for t in self.answers.values())
 
-    @property
-    def parts(self) -> list[Side]:
-        """The parts of the zeros that are some of them and not all."""
-        sides: tuple[Side, ...] = ("where read", "where made", "in weights")
-        return [side for side in sides if len({one.stands(side) for one in self.lost}) == 2]
+    def masked(self, chosen: Iterable[Lost], hold: frozenset[int]) -> dict[str, Tensor]:
+        """What the uncut model answers with these positions at zero, and these statistics held."""
+        chosen = list(chosen)
+        key = (frozenset(map(id, chosen)), hold)
+        if key not in self._masked:
+            with zeros(chosen):
+                self._masked[key] = _answers(self.base, self.inputs, Exact(self.record, hold), self.seed)
+        return self._masked[key]
 
-    def masked(self, side: Side, hold: frozenset[int]) -> dict[str, Tensor]:
-        """What the uncut model answers with zeros on that side, and these statistics held."""
-        if (side, hold) not in self._masked:
-            with zeros(self.lost, side):
-                self._masked[side, hold] = _answers(self.base, self.inputs, Exact(self.record, hold), self.seed)
-        return self._masked[side, hold]
-
-    def compare(self, after: nn.Module, side: Side = "everywhere", sums: bool = False) -> tuple[float, str, Exact]:
-        """The largest relative difference between the cut model and the masked one, in which output, and the run.
-
-        Raises what the forward raises, and `VerifyError` for answers of another form or shape.
-        """
+    def answer(self, after: nn.Module, sums: bool = False) -> tuple[dict[str, Tensor], Exact]:
+        """What the cut model answers, and the run. Raises what the forward raises, and `VerifyError` where it takes
+        another way through its code."""
         exact = Exact(self.record, sums=sums)
         answers = _answers(after, self.inputs, exact, self.seed)
         if len(exact.statistics) != len(self.record):
@@ -187,37 +191,58 @@ class Oracle:
                 f"the cut model takes another way: {len(exact.statistics)} means and norms were computed, where the "
                 f"uncut one computes {len(self.record)}."
             )
-        masked = self.masked(side, frozenset(exact.held))
-        return *_difference(masked, answers, "the cut model"), exact
+        return answers, exact
+
+    def compare(self, after: nn.Module, sums: bool = False) -> tuple[float, str]:
+        """The largest relative difference between the cut model and the masked one, and in which output."""
+        answers, exact = self.answer(after, sums)
+        return _difference(self.masked(self.lost, frozenset(exact.held)), answers, "the cut model")
 
     def prove(self, after: nn.Module, tolerance: float) -> _Proof:
         """All comparisons, sums held only where the proof needs it. Raises `VerifyError`."""
         if not self.finite:
             raise VerifyError("the uncut model's answers to these inputs are not finite, which proves nothing.")
-        worst: tuple[float, str] = (0.0, "")
-        failures = []
+        failure = ""
         for sums in (False, True):
             try:
-                error, output, exact = self.compare(after, "everywhere", sums)
+                answers, exact = self.answer(after, sums)
             except VerifyError:
                 raise
-            except Exception as failure:
-                raise VerifyError(f"the cut model cannot run: {whereabouts(failure, after)}.") from failure
-            worst = (error, output)
-            if error > tolerance:
-                failures.append("the model with the cut positions set to zero")
+            except Exception as error:
+                raise VerifyError(f"the cut model cannot run: {whereabouts(error, after)}.") from error
+            hold = frozenset(exact.held)
+            worst, output = _difference(self.masked(self.lost, hold), answers, "the cut model")
+            if worst > tolerance:
+                failure = failure or (
+                    f"the cut model does not answer as the model with the cut positions set to zero: {output} differs by "
+                    f"{worst:.1e} of its largest entry (at most {tolerance:.0e} is rounding)"
+                    f"{first_difference(self, after, tolerance)}."
+                )
                 continue
-            for side in self.parts:
-                if self.compare(after, side, sums)[0] <= tolerance:
-                    return _Proof(error, output, tuple(exact.held.values()), side)
-            failures.append(
-                "with zeros in a part (only where channels are made, only where they are read, only in weights)"
+            part = self._part(answers, hold, tolerance)
+            if part is not None:
+                return _Proof(worst, output, tuple(exact.held.values()), part)
+            failure = failure or (
+                "the cut model answers as with zeros at all cut positions, and unlike with zeros at any part of them "
+                "(where channels are made, where they are read, in weights); a channel may be paired with another's weights."
             )
-        layer = first_difference(self, after, tolerance)
-        raise VerifyError(
-            f"the cut model does not answer as {failures[0]}: {worst[1]} differs by {worst[0]:.1e} of its largest "
-            f"entry (at most {tolerance:.0e} is rounding){layer}."
-        )
+        raise VerifyError(failure)
+
+    def _part(self, answers: Mapping[str, Tensor], hold: frozenset[int], tolerance: float) -> str | None:
+        """A part of the zeros that makes the uncut model answer like that: by what it is, or else as few as will do."""
+
+        def right(some: Iterable[Lost]) -> bool:
+            return _difference(self.masked(some, hold), answers, "the cut model")[0] <= tolerance
+
+        for name, some in parts(self.lost).items():
+            if right(some):
+                return name
+        rest = list(self.lost)
+        for one in self.lost[:_TRIALS]:
+            less = [other for other in rest if other is not one]
+            if less and right(less):
+                rest = less
+        return f"on {len(rest)} of {len(self.lost)} axes" if len(rest) < len(self.lost) else None
 
     def seen(self, after: nn.Module) -> dict[str, bool]:
         """Runs a backward pass through the cut model: whether anything flows back to each cut parameter.

@@ -53,7 +53,7 @@ def first_difference(oracle: Oracle, after: nn.Module, tolerance: float) -> str:
     """The first layer whose output has the same shape in the masked and in the cut model, and other values."""
     exact = Exact(oracle.record)
     cut = _outputs(oracle, after, exact)
-    with zeros(oracle.lost, "everywhere"):
+    with zeros(oracle.lost):
         masked = _outputs(oracle, oracle.base, Exact(oracle.record, frozenset(exact.held)))
     for (name, ours), (other, theirs) in zip(cut, masked, strict=False):
         if name != other:

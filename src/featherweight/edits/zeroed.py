@@ -3,15 +3,15 @@
 
 Read from the edits alone. The positions are zero everywhere, or only in a part: on the axes that layers contract (a
 Linear's columns), on the others (its rows, biases, norms), or in all but biases and norms. Where channels are made in
-one place and read in another, a plan that pairs them wrongly cannot answer like a part.
+one place and read in another, a plan that pairs them wrongly answers like no part.
 """
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -23,9 +23,7 @@ from featherweight.edits.swap import apply_swap
 from featherweight.errors import EditError
 from featherweight.plan import Attribute, Edit, Slice, Swap
 
-__all__ = ["Lost", "Side", "prepare", "zeros"]
-
-Side = Literal["everywhere", "where read", "where made", "in weights"]
+__all__ = ["Lost", "parts", "prepare", "zeros"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -38,12 +36,6 @@ class Lost:
     kept: Tensor
     read: bool
     computed: bool
-
-    def stands(self, side: Side) -> bool:
-        """Whether that part of the zeros is in this tensor: "in weights" means all but biases, norms and statistics."""
-        if side == "in weights":
-            return self.tensor.ndim > 1
-        return side == "everywhere" or self.read == (side == "where read")
 
     @property
     def dropped(self) -> Tensor:
@@ -84,10 +76,20 @@ def prepare(model: nn.Module, edits: Iterable[Edit], read: Collection[tuple[str,
     return list(lost.values())
 
 
+def parts(lost: Sequence[Lost]) -> dict[str, list[Lost]]:
+    """Some of what is lost and not all of it, by what it is."""
+    sides = {
+        "where read": [one for one in lost if one.read],
+        "where made": [one for one in lost if not one.read],
+        "in weights": [one for one in lost if one.tensor.ndim > 1],
+    }
+    return {name: some for name, some in sides.items() if 0 < len(some) < len(lost)}
+
+
 @contextlib.contextmanager
-def zeros(lost: Iterable[Lost], side: Side) -> Iterator[None]:
-    """The dropped positions are zero inside, and what they were again outside."""
-    chosen = [one for one in lost if one.stands(side)]
+def zeros(chosen: Iterable[Lost]) -> Iterator[None]:
+    """Their dropped positions are zero inside, and what they were again outside."""
+    chosen = list(chosen)
     saved = {id(one.tensor): (one.tensor, one.tensor.data) for one in chosen}
     try:
         for tensor, data in saved.values():
