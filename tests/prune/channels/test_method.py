@@ -17,6 +17,7 @@ from featherweight.errors import DataError, NothingToCompress, OptionError
 from featherweight.graph import trace
 from featherweight.measure import count
 from featherweight.prune.channels import method as room
+from featherweight.prune.channels.targets import words
 from tests.prune.channels.models import Cnn, Gated, Mlp, batch_of, built, loss_of
 
 
@@ -77,6 +78,8 @@ def test_targets_are_met_within_two_percent(until: dict[str, Any], ranking: str)
         else reached[next(iter(until))]
     )
     assert 0.98 <= found <= 1.02
+    if "macs" in until:  # what is said is what is there
+        assert f"{words('macs', small.macs())} of {words('macs', dense.macs())}" in texts(events, "message")
     assert not texts(events, "unmet")
 
 
