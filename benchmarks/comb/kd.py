@@ -3,11 +3,9 @@
 
 from __future__ import annotations
 
-from benchmarks.comb.networks import NETWORKS
 from benchmarks.comb.pages import left, percent, points, put, table
 from benchmarks.comb.results import Row
-from benchmarks.comb.runs import SELF, Setting, command, found
-from benchmarks.comb.tasks import paired, unpacked, work
+from benchmarks.comb.runs import SELF, Setting, beside, between, command, found
 
 KEEP = 0.33
 WAYS = {"resnet small": ("none", "kl", "features"), "unet small": ("none", "kl", "cwd", "cirkd")}
@@ -20,10 +18,8 @@ SETTINGS = [
 
 def gained(row: Row) -> str:
     """The paired difference from the same run without a teacher."""
-    (other,) = found([Setting(row["network"], row["keep"], row["importance"], "none", SELF, row["seed"], row["steps"])])
-    task, n = work(NETWORKS[row["network"]].task), row["test_points"]["n"]
-    change = paired(task, unpacked(other["test_rows"], n), unpacked(row["test_rows"], n))
-    return f"{change['change']:+.2f} [{change['low']:+.2f}, {change['high']:+.2f}]"
+    alone = [] if row["distill"] == "none" else beside(row, distill="none", teacher=SELF)
+    return between(row, alone[0]) if alone else "–"
 
 
 def write() -> None:
@@ -37,7 +33,7 @@ def write() -> None:
         "validation, %": percent("validation", 2),
         "test, %": percent("test", 2),
         "points against dense [95 %]": points,
-        "points against no teacher [95 %]": lambda row: "–" if row["distill"] == "none" else gained(row),
+        "points against no teacher [95 %]": gained,
     }
     rows = sorted(found(SETTINGS), key=lambda row: row["network"])
     put("kd", table(columns, rows))

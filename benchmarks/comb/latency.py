@@ -38,7 +38,9 @@ def main() -> None:
     done = {(row["network"], row["runtime"], row["keep"]) for row in there("latency")}
     names = options.networks or list(dict.fromkeys(setting.network for setting in SETTINGS))
     for name in names:
-        settings = [setting for setting in SETTINGS if setting.network == name and found([setting])]
+        settings = [
+            setting for setting in SETTINGS if setting.network == name and setting.keep < 1 and found([setting])
+        ]
         for runtime in RUNTIMES:
             if any((name, runtime, setting.keep) not in done for setting in settings):
                 for row in timed(name, settings, runtime, options.runs):

@@ -49,14 +49,17 @@ def percent(key: str, digits: int = 1) -> Callable[[Row], str]:
     return lambda row: f"{100 * row[key]:.{digits}f}"
 
 
-def points(row: Row, split: str = "test") -> str:
+def points(row: Row) -> str:
     """The paired difference from the dense network, with its interval."""
-    found = row[f"{split}_points"]
+    return interval(row["test_points"])
+
+
+def interval(found: dict[str, float]) -> str:
     return f"{found['change']:+.2f} [{found['low']:+.2f}, {found['high']:+.2f}]"
 
 
 def left(what: str) -> Callable[[Row], str]:
-    """The share of MACs or parameters that is left, and how many times fewer there are."""
+    """The share of MACs or parameters that is left."""
     return lambda row: f"{100 * row[what] / row[f'dense_{what}']:.1f} %"
 
 

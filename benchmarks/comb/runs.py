@@ -23,6 +23,7 @@ from torch import nn
 import featherweight as fw
 from benchmarks.comb.distilling import distiller
 from benchmarks.comb.networks import NETWORKS
+from benchmarks.comb.pages import interval
 from benchmarks.comb.results import Row, add, there
 from benchmarks.comb.tasks import Rows, Work, ious, packed, paired, unpacked, work
 from benchmarks.comb.train import DECAY, dense, sizes
@@ -69,8 +70,8 @@ TRAINING = {
     "mobilenet": Training(600, 0.02),
     "vit": Training(800, 1e-3),
     "unet": Training(400, 2e-3),
-    "unet small": Training(400, 2e-3),
-    "unet 7": Training(400, 2e-3),
+    "unet small": Training(300, 2e-3),
+    "unet 7": Training(250, 2e-3),
     "seaformer": Training(400, 2e-3),
 }
 
@@ -114,6 +115,17 @@ def measured(setting: Setting) -> Row:
     shutil.rmtree(folder, ignore_errors=True)
     fw.save(model, plan, folder)
     return row
+
+
+def between(row: Row, other: Row) -> str:
+    """The points that a run has more than another of the same network, with their paired interval."""
+    task, n = work(NETWORKS[row["network"]].task), row["test_points"]["n"]
+    return interval(paired(task, unpacked(other["test_rows"], n), unpacked(row["test_rows"], n)))
+
+
+def beside(row: Row, **changes: Any) -> list[Row]:
+    """The run that differs from this one in nothing but `changes`, where it has been measured."""
+    return found([dataclasses.replace(_setting(row), **changes)])
 
 
 def dense_row(name: str) -> Row:
