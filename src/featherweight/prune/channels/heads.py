@@ -20,6 +20,7 @@ from featherweight.errors import NothingToCompress
 from featherweight.graph import Group, Trace
 from featherweight.layers import unwrap
 from featherweight.prune.channels.gates import gate_members, positions_of
+from featherweight.prune.channels.selection import is_told, why
 
 __all__ = ["HeadTables", "head_groups", "head_tables", "only_best", "without_each"]
 
@@ -48,8 +49,11 @@ def head_groups(trace: Trace) -> list[Group]:
     """The groups whose couplings are whole heads. Raises `NothingToCompress` where there are none, with a reason."""
     found = [group for group in trace.groups if group.kind == "heads"]
     if not found:
-        why = "; ".join(f"{f.tensor}: {f.reason} ({f.op} at {f.source})" for f in trace.frozen[:3])
-        raise NothingToCompress(f"No attention heads can be told apart here. Frozen: {why or 'nothing'}.")
+        told = [f"{f.tensor} axis {f.axis}: {why(f)}" for f in trace.frozen if is_told(f, trace)]
+        reasons = f" Frozen: {'; '.join(told[:3])}." if told else ""
+        raise NothingToCompress(
+            f"No attention heads can be told apart here: {len(trace.groups)} groups, all of them channels.{reasons}"
+        )
     return found
 
 

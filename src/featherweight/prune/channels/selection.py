@@ -14,7 +14,7 @@ from featherweight.graph import Frozen, Group, Trace
 from featherweight.layers import Selected, matches, select
 from featherweight.prune.channels.options import ChannelOptions
 
-__all__ = ["choose_groups", "least_of", "lines", "refuse_nothing", "structure"]
+__all__ = ["choose_groups", "is_told", "least_of", "lines", "refuse_nothing", "structure", "why"]
 
 
 def choose_groups(
@@ -98,11 +98,12 @@ def refuse_nothing(groups: list[Group], trace: Trace, kept: Mapping[str, str]) -
         return
     reasons = [f"{name}: {reason}" for name, reason in kept.items()]
     reasons += [
-        f"{frozen.tensor} axis {frozen.axis}: {_why(frozen)}" for frozen in trace.frozen if _is_told(frozen, trace)
+        f"{frozen.tensor} axis {frozen.axis}: {why(frozen)}" for frozen in trace.frozen if is_told(frozen, trace)
     ]
     shown = "; ".join(reasons[:5]) or "the model has no layers with channels between its input and its output"
     more = f"; and {len(reasons) - 5} more" if len(reasons) > 5 else ""
-    raise NothingToCompress(f"Nothing to cut. {shown}{more}.")
+    notes = "".join(f" {note.rstrip('.')}." for note in trace.notes[:3])
+    raise NothingToCompress(f"Nothing to cut. {shown.rstrip('.')}{more}.{notes}")
 
 
 def lines(trace: Trace, keeps: Mapping[str, np.ndarray], kept: Mapping[str, str]) -> Iterator[Selected]:
@@ -123,16 +124,17 @@ def lines(trace: Trace, keeps: Mapping[str, np.ndarray], kept: Mapping[str, str]
         action = "kept" if left == group.size else "pruned"
         yield Selected(name, group.kind, (group.size,), bound, action, 1 - left / group.size, reason)
     for frozen in trace.frozen:
-        if _is_told(frozen, trace):
+        if is_told(frozen, trace):
             name = f"{frozen.tensor} axis {frozen.axis}"
-            yield Selected(name, "frozen", (frozen.positions,), 0, "kept", 0.0, _why(frozen))
+            yield Selected(name, "frozen", (frozen.positions,), 0, "kept", 0.0, why(frozen))
 
 
-def _is_told(frozen: Frozen, trace: Trace) -> bool:
-    """Not a single position, a bias that goes with its weight, or a kernel: these are nobody's channels."""
+def is_told(frozen: Frozen, trace: Trace) -> bool:
+    """Whether it is worth a line: not a single position, a bias that goes with its weight, or a kernel: these are nobody's channels."""
     kernel = frozen.axis > 1 and frozen.op.startswith("conv")
     return frozen.positions > 1 and len(trace.shapes.get(frozen.tensor, ())) > 1 and not kernel
 
 
-def _why(frozen: Frozen) -> str:
+def why(frozen: Frozen) -> str:
+    """The reason, with the operation and the line that it stands in."""
     return f"{frozen.reason} ({frozen.op} at {frozen.source})" if frozen.source else frozen.reason
