@@ -36,6 +36,10 @@ def test_every_operation_runs_in_float64_whatever_the_code_casts_to() -> None:
     np.testing.assert_allclose(got.detach().numpy(), expected, rtol=1e-13)
 
 
+def test_what_the_code_makes_by_itself_comes_out_in_float64_too() -> None:
+    assert run(Call(lambda x: torch.ones(3)), (torch.ones(1),), Exact()).dtype == torch.float64
+
+
 def test_a_copy_in_double_shares_nothing_and_keeps_ties_and_the_original() -> None:
     model = nn.Sequential(nn.Linear(3, 3, bias=False), nn.BatchNorm1d(3), nn.Linear(3, 3, bias=False)).half().train()
     model[2].weight = model[0].weight

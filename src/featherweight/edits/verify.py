@@ -43,6 +43,9 @@ class Verified:
     `held` are norms and means over cut channels, with operation and line: their statistics change with the cut, and
     were held for the proof. `unseen` are cut tensors that these inputs' outputs do not depend on. `parts` says which
     part of the zeros agreed besides all of them, on random weights and on the model's own.
+
+    >>> Verified(2e-16, "the output", 1e-9, ("native_layer_norm in norm",), (), ("where read",) * 2, ()).held
+    ('native_layer_norm in norm',)
     """
 
     error: float
