@@ -85,7 +85,7 @@ def test_targets_are_met_within_two_percent(until: dict[str, Any], ranking: str)
 
 def test_a_target_out_of_reach_is_said_with_the_best_found() -> None:
     model = mlp()
-    _, events = run(model, until={"macs": "1 %"}, least=32, importance="magnitude")
+    _, events = run(model, until={"macs": "25 %"}, least=32, importance="magnitude")
     assert (model[0].out_features, model[2].out_features) == (32, 32)
     macs = 2 * (8 * 32 + 32 * 32 + 32 * 3)
     assert f"cutting reached {macs / 1000:.4g}k MACs, not the" in texts(events, "unmet")
