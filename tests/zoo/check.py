@@ -2,7 +2,8 @@
 """One architecture through all that a user would do with it: `python -m tests.zoo.check LABEL FOLDER`.
 
 Combed; every group cut by one coupling and by 30 %, each on a fresh copy; everything cut by 30 % at once, trained for a
-step, saved, loaded in a fresh process, exported to ONNX. What comes out is one dict of plain facts, for the page.
+step, saved, loaded in a fresh process, exported to ONNX. What the model's own code refuses is cut on the exported
+program. What comes out is one dict of plain facts, for the page.
 
 `cut` proves each cut by itself. What it lets pass is checked once more here, against another oracle: the uncut model
 with zeros in place of what was cut. It is exact where no norm's statistics change, and is asked only there.
@@ -15,6 +16,7 @@ import json
 import sys
 import time
 import traceback
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -25,7 +27,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from featherweight import load, save
-from featherweight.edits import cut
+from featherweight.edits import cut, cut_exported, refusals
 from featherweight.errors import FeatherweightError
 from featherweight.graph import Coupling, Group, Trace, trace
 from tests.zoo.architectures import Inputs, find
@@ -46,25 +48,53 @@ def check(label: str, folder: Path, *, groups: bool = True, export: bool = True)
     found = _timed(facts, "trace", lambda: trace(model, inputs))
     if found is None:
         return facts
-    facts["trace"] |= _describe(model, found)
+    facts["trace"] |= _describe(found)
     facts["groups"] = [_check_group(model, inputs, found, group) for group in found.groups if groups]
+    in_code, anywhere = _left_out(facts, model, inputs, found)
+    facts["trace"] |= {"in_code": coverage(model, found, in_code), "coverage": coverage(model, found, anywhere)}
+    facts["trace"] |= {"left_out": in_code, "left_out_of_program": anywhere}
+    _check_all(facts, model, inputs, found, folder, export)
+    if in_code:
+        _check_program(facts, model, inputs, found, folder, export)
+    return facts
+
+
+def _left_out(facts: Facts, model: nn.Module, inputs: Inputs, found: Trace) -> tuple[list[str], list[str]]:
+    """Groups that the model's own code cannot do without, and those of them that the exported program cannot either."""
+    if not facts["groups"]:
+        return list(refusals(model, found, inputs)), []
+    refused = [each for each in facts["groups"] if "refused" in (each["one"]["outcome"], each["share"]["outcome"])]
+    return [each["name"] for each in refused], [
+        each["name"] for each in refused if each["exported"]["outcome"] != "passed"
+    ]
+
+
+def _check_all(facts: Facts, model: nn.Module, inputs: Inputs, found: Trace, folder: Path, export: bool) -> None:
+    """30 % of all groups at once, in the model's own code; and what one does with the model then."""
     pruned = copy.deepcopy(model)
-    refused = [group["name"] for group in facts["groups"] if group["share"]["outcome"] == "refused"]
-    made = _timed(facts, "everything", lambda: cut_share(pruned, inputs, found, refused))
-    if facts["everything"]["outcome"] == "refused" and not groups:
-        refused = [group.name for group in found.groups if _refuses(model, inputs, found, group)]
-        made = _timed(facts, "everything", lambda: cut_share(pruned, inputs, found, refused))
-    facts["trace"] |= {"left_out": refused, "coverage": coverage(model, found, refused)}
+    made = _timed(facts, "everything", lambda: cut_share(pruned, inputs, found, facts["trace"]["left_out"]))
     if made is None:
-        return facts
+        return
     facts["everything"] |= {"parameters": _count(pruned), **against_zeros(model, pruned, inputs, found, made[1])}
-    _timed(facts, "artefact", lambda: _save(pruned, made[0].plan, inputs, label, folder))
+    _timed(facts, "artefact", lambda: _save(pruned, made[0].plan, inputs, facts["label"], folder))
     trained = copy.deepcopy(pruned)
     if _timed(facts, "training", lambda: train_one_step(trained, inputs)) is None:
         _timed(facts, "training_uncut", lambda: train_one_step(copy.deepcopy(model), inputs))
     if export and _timed(facts, "onnx", lambda: _export(pruned, inputs, folder)) is None:
         _timed(facts, "onnx_uncut", lambda: _export(model, inputs, folder))
-    return facts
+
+
+def _check_program(facts: Facts, model: nn.Module, inputs: Inputs, found: Trace, folder: Path, export: bool) -> None:
+    """The same on the exported program, which has no code that could refuse."""
+    without = facts["trace"]["left_out_of_program"]
+    couplings = [one for group in found.groups if group.name not in without for one in some(group, SHARE)]
+    made = _timed(facts, "program", lambda: cut_exported(model, couplings, inputs, trace=found))
+    if made is None:
+        return
+    facts["program"] |= {"parameters": _count(made.program)}
+    facts["program"] |= against_zeros(model, made.program, inputs, found, couplings)
+    if export and _timed(facts, "program_onnx", lambda: _export(made.program, inputs, folder)) is None:
+        _timed(facts, "program_onnx_uncut", lambda: _export(model, inputs, folder))
 
 
 def cut_share(
@@ -75,14 +105,6 @@ def cut_share(
     groups = [group for group in found.groups if group.name not in without]
     couplings = [coupling for group in groups for coupling in some(group, SHARE)]
     return cut(model, couplings, trace=found, inputs=inputs), couplings
-
-
-def _refuses(model: nn.Module, inputs: Inputs, found: Trace, group: Group) -> bool:
-    try:
-        cut(copy.deepcopy(model), some(group, SHARE), trace=found, inputs=inputs)
-    except FeatherweightError:
-        return True
-    return False
 
 
 def some(group: Group, share: float, seed: int = 0) -> list[Coupling]:
@@ -156,6 +178,10 @@ def _check_group(model: nn.Module, inputs: Inputs, found: Trace, group: Group) -
             facts[name] |= against_zeros(model, twin, inputs, found, couplings)
         elif not untouched(model, twin):
             facts[name] |= {"outcome": "wrong", "reason": "the model changed although the cut was refused"}
+    if "refused" in (facts["one"]["outcome"], facts["share"]["outcome"]):
+        couplings = some(group, SHARE, seed=len(group.name))
+        made = _timed(facts, "exported", lambda: cut_exported(model, couplings, inputs, trace=found))
+        facts["exported"] |= {} if made is None else against_zeros(model, made.program, inputs, found, couplings)
     return facts
 
 
@@ -233,19 +259,16 @@ def _export(model: nn.Module, inputs: Inputs, folder: Path) -> Facts:
     return {"exporter": written.exporter, "difference": found.max_rel_diff}
 
 
-def _describe(model: nn.Module, found: Trace) -> Facts:
-    reasons: dict[str, int] = {}
+def _describe(found: Trace) -> Facts:
+    reasons: Counter[str] = Counter()
     for frozen in found.frozen:
-        reasons[f"{frozen.op}: {frozen.reason} ({frozen.source})"] = (
-            reasons.get(f"{frozen.op}: {frozen.reason} ({frozen.source})", 0) + frozen.positions
-        )
-    worst = sorted(reasons.items(), key=lambda item: -item[1])
+        reasons[f"{frozen.op}: {frozen.reason} ({frozen.source})"] += frozen.positions
     return {
         "front": found.front,
         "coverage_by_trace": found.coverage,
         "groups": len(found.groups),
         "couplings": sum(group.size for group in found.groups),
-        "frozen": worst[:12],
+        "frozen": reasons.most_common(12),
         "notes": list(found.notes),
     }
 

@@ -46,62 +46,53 @@ def _speed(rows: Sequence[Facts]) -> str:
 
 
 def _goals(results: Sequence[Facts]) -> str:
-    reached = [facts for facts in results if _coverage(facts) >= ENOUGH and _outcome(facts, "everything") == "passed"]
+    reached = [facts for facts in results if _coverage(facts) >= ENOUGH and _passed(facts)]
+    in_code = [facts for facts in reached if facts["trace"]["in_code"] >= ENOUGH]
     unsafe = [facts for facts in results if facts["outcome"] in ("wrong", "crashed", "hung")]
-    cuts = [group[size] for facts in results for group in facts.get("groups", ()) for size in ("one", "share")]
-    exact = sum(one["outcome"] == "passed" for one in cuts)
+    groups = [group for facts in results for group in facts.get("groups", ())]
+    cuts = [group[size]["outcome"] for group in groups for size in ("one", "share")]
+    programs = sum(group.get("exported", {}).get("outcome") == "passed" for group in groups)
     seconds = sorted(facts["trace"]["seconds"] for facts in results if "trace" in facts)
     lines = [
         f"- {len(results)} architectures; {len(reached)} ({_percent(len(reached), len(results))}) prunable with at least "
-        f"{ENOUGH:.0%} of their conv and linear parameters in cuttable groups (goal: 95 %).",
+        f"{ENOUGH:.0%} of their conv and linear parameters in cuttable groups (goal: 95 %), {len(in_code)} of them in the "
+        "model's own code.",
         f"- {len(results) - len(unsafe)} ({_percent(len(results) - len(unsafe), len(results))}) without a wrong result, a "
         "crash or a hang (goal: 100 %).",
-        f"- {len(cuts)} cuts of single groups: {exact} proved, {len(cuts) - exact} refused, with the model left as it was.",
-        f"- Combing, torch.export included: median {seconds[len(seconds) // 2]:.1f} s, at most {seconds[-1]:.1f} s."
-        if seconds
-        else "",
+        f"- {len(cuts)} cuts of single groups in the model's own code: {cuts.count('passed')} proved, "
+        f"{cuts.count('refused')} refused with the model left as it was. Of the groups that were refused, {programs} were "
+        "cut on the exported program.",
     ]
-    return "\n".join(line for line in lines if line)
+    if seconds:
+        lines.append(f"- Combing, torch.export included: median {seconds[len(seconds) // 2]:.1f} s.")
+    return "\n".join(lines)
 
 
 def _table(results: Sequence[Facts]) -> str:
-    head = [
-        "network",
-        "front",
-        "cuttable",
-        "groups",
-        "cuts proved",
-        "30 % of all",
-        "parameters left",
-        "trained",
-        "loaded",
-        "ONNX",
-    ]
+    head = ["network", "front", "cuttable", "in its code", "groups", "cuts proved", "30 % at once", "parameters left"]
+    head += ["trained", "loaded", "ONNX", "program"]
     rows = [head, ["---"] * len(head), *(_row(facts) for facts in results)]
     return "\n".join(f"| {' | '.join(row)} |" for row in rows)
 
 
 def _row(facts: Facts) -> list[str]:
     trace, everything = facts.get("trace", {}), facts.get("everything", {})
-    cuts = [group[size] for group in facts.get("groups", ()) for size in ("one", "share")]
-    proved = sum(one["outcome"] == "passed" for one in cuts)
-    left = f"{everything['parameters'] / facts['parameters']:.0%}" if "parameters" in everything else "–"
+    cuts = [group[size]["outcome"] for group in facts.get("groups", ()) for size in ("one", "share")]
+    left = f"{100 * everything['parameters'] / facts['parameters']:.0f} %" if "parameters" in everything else "–"
     return [
         facts["label"],
         trace.get("front", "none"),
-        f"{100 * _coverage(facts):.0f} %" if "coverage" in trace else "–",
+        *(f"{100 * trace[key]:.0f} %" if key in trace else "–" for key in ("coverage", "in_code")),
         str(trace.get("groups", "–")),
-        f"{proved} of {len(cuts)}",
+        f"{cuts.count('passed')} of {len(cuts)}",
         _mark(facts, "everything"),
         left,
-        _mark(facts, "training"),
-        _mark(facts, "loaded"),
-        _mark(facts, "onnx"),
+        *(_mark(facts, step) for step in ("training", "loaded", "onnx", "program")),
     ]
 
 
 def _mark(facts: Facts, step: str) -> str:
-    if facts.get("process", {}).get("outcome") and step not in facts:
+    if "process" in facts and step == "everything":
         return _MARK[facts["process"]["outcome"]]
     if step not in facts:
         return "–"
@@ -111,17 +102,22 @@ def _mark(facts: Facts, step: str) -> str:
 
 
 def _frozen(results: Sequence[Facts]) -> str:
-    """For each network below the goal, and for each refusal, the reason in its own words."""
+    """For each network below the goal what froze most of it, and each group that is refused, with the code's line."""
     lines = []
     for facts in results:
-        frozen = facts.get("trace", {}).get("frozen", ())
+        frozen = [each for each in facts.get("trace", {}).get("frozen", ()) if not each[0].startswith("output")]
         if "trace" in facts and _coverage(facts) < ENOUGH and frozen:
-            reason, positions = next((each for each in frozen if not each[0].startswith("output")), frozen[0])
+            reason, positions = frozen[0]
             lines.append(
                 f"- **{facts['label']}** ({100 * _coverage(facts):.0f} %): {_plain(reason)}, {positions} positions"
             )
         if facts["outcome"] != "passed":
             lines.append(f"- **{facts['label']}**, {facts['outcome']}: {_plain(facts['reason'])}")
+        refused = [group for group in facts.get("groups", ()) if "exported" in group]
+        if refused:
+            one = next(refused[0][size]["reason"] for size in ("one", "share") if "reason" in refused[0][size])
+            where = ", ".join(group["name"] for group in refused[:3]) + (", ..." if len(refused) > 3 else "")
+            lines.append(f"- {facts['label']}, {len(refused)} groups not in its own code ({where}): {_plain(one)}")
     return "\n".join(lines) or "None."
 
 
@@ -134,8 +130,8 @@ def _coverage(facts: Facts) -> float:
     return facts.get("trace", {}).get("coverage", 0.0)
 
 
-def _outcome(facts: Facts, step: str) -> str:
-    return facts.get(step, {}).get("outcome", "")
+def _passed(facts: Facts) -> bool:
+    return any(facts.get(step, {}).get("outcome") == "passed" for step in ("everything", "program"))
 
 
 def _percent(part: int, whole: int) -> str:

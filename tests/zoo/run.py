@@ -143,12 +143,12 @@ def _child(label: str, folder: Path, seconds: float, flags: Sequence[str]) -> No
 def verdict(facts: Facts) -> Facts:
     """One word for an architecture, and why: the worst of its outcomes, a group that is refused by itself apart: that is
     safe, told, and left out of the rest. Nor is a step counted that the uncut model fails as well."""
-    names = ("process", "trace", "everything", "artefact", "loaded", "training", "onnx")
+    names = ("process", "trace", "everything", "artefact", "loaded", "training", "onnx", "program", "program_onnx")
     steps = {name: facts[name] for name in names if name in facts}
     for group in facts.get("groups", ()):
-        cuts = {f"{group['name']}, {size}": group[size] for size in ("one", "share")}
+        cuts = {f"{group['name']}, {way}": group[way] for way in ("one", "share", "exported") if way in group}
         steps |= {name: made for name, made in cuts.items() if made["outcome"] != "refused"}
-    for name in ("training", "onnx"):
+    for name in ("training", "onnx", "program_onnx"):
         if facts.get(f"{name}_uncut", {}).get("outcome", "passed") != "passed":
             steps.pop(name)
     for outcome in ("wrong", "hung", "crashed", "refused"):

@@ -119,22 +119,32 @@ def test_the_page_counts_what_was_reached(tmp_path: Path) -> None:
     page = tmp_path / "zoo.md"
     page.write_text("<!-- goals -->\n<!-- end -->\n<!-- table -->\n<!-- end -->\n<!-- frozen -->\nold\n<!-- end -->\n")
     group = {"name": "a", "one": {"outcome": "passed"}, "share": {"outcome": "refused", "reason": "no"}}
+    group["exported"] = {"outcome": "passed"}
     good = {
         "label": "good",
         "outcome": "passed",
         "reason": "",
         "parameters": 100,
-        "trace": {"outcome": "passed", "front": "export", "coverage": 0.9, "groups": 1, "seconds": 0.5, "frozen": []},
+        "trace": {
+            "outcome": "passed",
+            "front": "export",
+            "coverage": 0.9,
+            "in_code": 0.7,
+            "groups": 1,
+            "seconds": 0.5,
+            "frozen": [],
+        },
         "groups": [group],
         "everything": {"outcome": "passed", "parameters": 51},
         "training": {"outcome": "passed"},
         "loaded": {"outcome": "passed"},
         "onnx": {"outcome": "refused"},
         "onnx_uncut": {"outcome": "refused"},
+        "program": {"outcome": "passed"},
     }
     hung = {"label": "bad", "outcome": "hung", "reason": "no answer", "process": {"outcome": "hung"}}
     write(json.loads(json.dumps([good, hung])), page)
     text = page.read_text()
-    assert "| good | export | 90 % | 1 | 1 of 2 | yes | 51% | yes | yes | nor uncut |" in text
+    assert "| good | export | 90 % | 70 % | 1 | 1 of 2 | yes | 51 % | yes | yes | nor uncut | yes |" in text
     assert "2 architectures; 1 (50 %) prunable" in text and "1 (50 %) without a wrong" in text
     assert "**bad**, hung: no answer" in text and "old" not in text
