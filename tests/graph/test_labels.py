@@ -153,3 +153,28 @@ def test_labels_stay_as_few_as_positions_of_weights(depth):
     walk.run(RULES)
     assert walk.labels.count == 1 + depth * (8 + 8 + 3 + 3 + 8)
     assert np.array_equal(np.unique(walk.labels.roots(torch.arange(1))), [0])
+
+
+def test_rows_of_a_table_that_nothing_picks_are_no_group():
+    """BEiT's position table keeps rows that its index may skip: no layer has them, so that cutting them means nothing."""
+
+    class Table(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.table = nn.Parameter(torch.randn(6, 4))
+            self.layer, self.head = nn.Linear(3, 4), nn.Linear(4, 2)
+            self.register_buffer("at", torch.tensor([0, 2, 1]))
+
+        def forward(self, x):
+            rows = torch.cat([self.table[:3], self.table[3:]])
+            return self.head(self.layer(x) + rows[self.at])
+
+    found = trace(Table(), (torch.randn(5, 3, 3),))
+    assert [(group.name, group.size) for group in found.groups] == [("layer", 4)]
+    assert {member.tensor for member in found["layer"].members} == {
+        "layer.weight",
+        "layer.bias",
+        "table",
+        "head.weight",
+    }
+    assert sum(f.positions for f in found.frozen if (f.tensor, f.axis) == ("table", 0)) == 6

@@ -81,14 +81,18 @@ class Assembly:
     def _freeze_unmade(self) -> None:
         """Positions that no layer makes (a table's rows that nothing contracts) are nobody's channels."""
         heard = self.walk.heard
-        made = np.zeros(self.walk.labels.count, dtype=bool)
+        made, layered = np.zeros((2, self.walk.labels.count), dtype=bool)
         for axis in self.own:
             if axis.role in ("output", "scale") and axis.tensor in heard:
                 made[self._roots(axis)] = True
+            if axis.tensor in self.walk.weights:
+                layered[self._roots(axis)] = True
         self.walk.labels.now = None
-        self.walk.labels.freeze(
-            torch.from_numpy(np.flatnonzero(~made[self.roots])), "no layer makes it, or no output follows from it"
-        )
+        for there, why in (
+            (made, "no layer makes it, or no output follows from it"),
+            (layered, "no layer's weight has it"),
+        ):
+            self.walk.labels.freeze(torch.from_numpy(np.flatnonzero(~there[self.roots])), why)
 
     def _roots(self, axis: Axis) -> np.ndarray:
         return self.roots[axis.first : axis.first + axis.size]

@@ -44,9 +44,7 @@ def affine(walk: Walk, value: Value, parameter: Value | None, axis: int, role: A
 def matmul(walk: Walk, call: Call) -> Value:
     a, b = call.values[-2:]
     words = _matmul_words(len(a.shape), len(b.shape))
-    weight = (
-        b if b.tensor is not None and len(b.shape) == 2 else a if a.tensor is not None and len(a.shape) == 2 else None
-    )
+    weight = b if b.tensor is not None else a if a.tensor is not None else None
     return walk.contract(call, [a, b], words[:2], words[2], weight)
 
 
