@@ -10,6 +10,7 @@ not needed is taken back. Whether a set is right is for the caller's judge to sa
 from __future__ import annotations
 
 import itertools
+import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -110,13 +111,16 @@ def candidates(model: nn.Module, trace: Trace, kept: Mapping[str, int], edits: I
 
 
 def choose(
-    model: nn.Module, offered: Sequence[Candidate], judge: Judge, trials: int = 200
+    model: nn.Module, offered: Sequence[Candidate], judge: Judge, trials: int = 200, seconds: float = 300.0
 ) -> tuple[Attribute, ...] | Finding:
-    """The attributes of the smallest set found that the judge calls right, or what came of changing none."""
-    spent = itertools.count(1)
+    """The attributes of the smallest set found that the judge calls right, or what came of changing none.
+
+    Gives up after that many trials, or that long.
+    """
+    spent, end = itertools.count(1), time.monotonic() + seconds
 
     def right(choice: Choice) -> Finding:
-        if next(spent) > trials:
+        if next(spent) > trials or time.monotonic() > end:
             return Finding(False, 0)
         return judge(_edits(model, choice))
 
