@@ -26,7 +26,15 @@ Role = Literal["output", "input", "scale"]
 
 @dataclasses.dataclass(frozen=True, order=True)
 class Coupling:
-    """The smallest thing that can be cut: number `index` of the group named `group`."""
+    """The smallest thing that can be cut: number `index` of the group named `group`.
+
+    >>> import torch
+    >>> from torch import nn
+    >>> from featherweight import trace
+    >>> found = trace(nn.Sequential(nn.Linear(3, 8), nn.ReLU(), nn.Linear(8, 2)), (torch.zeros(1, 3),))
+    >>> found["0"][2]
+    Coupling(group='0', index=2)
+    """
 
     group: str
     index: int
@@ -133,7 +141,17 @@ class Trace:
 
     `coverage` is the share of the parameters in weights of layers (conv, linear, embedding, recurrent) that some coupling
     would take along. `front` says how the graph was had: `export`, or `recorded` from one forward where export
-    failed (`notes` say why). `shapes` are those of all tensors when traced; after a cut the trace is stale.
+    failed (`notes` say why). `shapes` are those of all tensors when traced; after a cut the trace is stale. `macs`,
+    `parameters` and `memory` take how many couplings are kept by group, and count what would be left without running.
+
+    >>> import torch
+    >>> from torch import nn
+    >>> from featherweight import trace
+    >>> found = trace(nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 4, 3)), (torch.zeros(1, 3, 8, 8),))
+    >>> found.coverage, found.macs(), found.macs({"0": 4})
+    (1.0, 12384, 6192)
+    >>> [(frozen.tensor, frozen.axis, frozen.reason) for frozen in found.frozen][-1]
+    ('2.bias', 0, 'it is an output of the model')
     """
 
     groups: tuple[Group, ...]
