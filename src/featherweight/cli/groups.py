@@ -23,10 +23,11 @@ __all__ = ["laid_out", "show"]
 _NAMED = 2  # layers of a cell that are named; the others are counted
 
 
-def laid_out(trace: Trace) -> dict[str, Any]:
+def laid_out(trace: Trace, refused: Mapping[str, str] | None = None) -> dict[str, Any]:
     """The trace as JSON-able data: groups with what one coupling frees, frozen axes by line, coverage, front and notes.
 
-    `parameters` and `macs` of a group are what its next single coupling frees, with all others kept.
+    `parameters` and `macs` of a group are what its next single coupling frees, with all others kept. `refused` are the
+    groups that a trial could not cut, with the reason; None where nothing was tried.
     """
     return {
         "parameters": trace.parameters(),
@@ -34,7 +35,10 @@ def laid_out(trace: Trace) -> dict[str, Any]:
         "coverage": trace.coverage,
         "front": trace.front,
         "notes": list(trace.notes),
-        "groups": [_group(trace, group) for group in trace.groups],
+        "groups": [
+            _group(trace, group) | ({} if refused is None else {"refused": refused.get(group.name)})
+            for group in trace.groups
+        ],
         "frozen": _frozen(trace),
     }
 
@@ -96,6 +100,7 @@ def show(found: Mapping[str, Any], lines: int = 20) -> None:
         )
     else:
         say("No group of channels can be cut.")
+    _show_refused(groups)
     _show_statistics(groups)
     _show_frozen(found["frozen"], lines)
     share = words.percent(found["coverage"])
@@ -121,6 +126,17 @@ def _shortened(names: Iterable[str]) -> str:
     shown = names if len(names) <= _NAMED + 1 else names[:_NAMED]
     more = f" and {len(names) - len(shown)} more" if len(names) > len(shown) else ""
     return f"{', '.join(shown)}{more}"
+
+
+def _show_refused(groups: Sequence[Mapping[str, Any]]) -> None:
+    tried = [group for group in groups if "refused" in group]
+    refused = [group for group in tried if group["refused"]]
+    if tried:
+        say(f"Tried on a copy: {len(tried) - len(refused)} of {len(tried)} groups can be cut in the model's own code.")
+    for group in refused[:10]:
+        say(f"  not {group['name']}: {group['refused']}")
+    if len(refused) > 10:
+        say(f"  nor {len(refused) - 10} more; --json has all")
 
 
 def _show_statistics(groups: Sequence[Mapping[str, Any]]) -> None:

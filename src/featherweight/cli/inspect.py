@@ -16,7 +16,6 @@ from featherweight.report import words
 if TYPE_CHECKING:
     from torch import nn
 
-    from featherweight.graph import Trace
     from featherweight.task import Task
 
 __all__ = ["command"]
@@ -42,6 +41,10 @@ def command(
         Literal["heads", "dims"],
         typer.Option(help="What is cut of attention: whole heads, or the same positions of all heads."),
     ] = "heads",
+    trial: Annotated[
+        bool,
+        typer.Option("--try", help="Cut a coupling of each group out of a copy: does the model's own code bear that?"),
+    ] = False,
     measure_heads: Annotated[
         bool,
         typer.Option("--heads", help="Measure the task's metric without each attention head, and with the best only."),
@@ -52,7 +55,7 @@ def command(
 
     Changes nothing. "Would be pruned" is said of GradualPruning with its defaults. Without --input MACs are not known.
     With inputs, a second table has the groups of channels and heads that can only be cut together, and what is frozen
-    by which line of code. --heads needs a task with a metric, and takes two evaluations for each head.
+    by which line of code. --try takes ten forwards or so. --heads needs a task with a metric, and takes two evaluations for each head.
 
     \b
     Example: featherweight inspect my_package.nets:make --input 1x3x32x32
@@ -65,26 +68,10 @@ def command(
     found: dict[str, Any] = inspect(net, inputs)
     if not json:
         _show(found)
-    if inputs is None:
-        return found
-    traced, failure = _traced(net, inputs, grain)
-    if traced is None:
-        if measure_heads:
-            raise GraphError(failure)
-        found["trace"] = {"error": failure}
+    if inputs is not None:
+        found["trace"], found["heads"] = _comb(net, inputs, grain, trial, whole)
         if not json:
-            say()
-        fail("Channels", failure)
-        return found
-    found["trace"] = groups.laid_out(traced)
-    if not json:
-        say()
-        groups.show(found["trace"])
-    if whole is not None and measure_heads:
-        found["heads"] = heads.measured(whole, traced)
-        if not json:
-            say()
-            heads.show(found["heads"])
+            _show_trace(found)
     return found
 
 
@@ -98,14 +85,33 @@ def _subject(
     return whole.model, sources.parse_inputs(shapes) if shapes else whole.example_inputs, whole
 
 
-def _traced(net: nn.Module, inputs: Any, grain: Literal["heads", "dims"]) -> tuple[Trace | None, str]:
-    """The trace, or why there is none: a model whose channels cannot be followed still has layers to show."""
+def _comb(
+    net: nn.Module, inputs: Any, grain: Literal["heads", "dims"], trial: bool, task: Task | None
+) -> tuple[dict[str, Any], dict[str, Any] | None]:
+    """What a trace says, and the tables of heads for a task. A model that cannot be traced still has layers to show, and
+    its trace is an error there; only where more of it was asked for, `GraphError` is raised."""
+    from featherweight.edits import refusals
     from featherweight.graph import trace
 
     try:
-        return trace(net, inputs, grain=grain), ""
+        traced = trace(net, inputs, grain=grain)
     except GraphError as error:
-        return None, str(error)
+        if trial or task is not None:
+            raise
+        return {"error": str(error)}, None
+    told = groups.laid_out(traced, refusals(net, traced, inputs) if trial else None)
+    return told, None if task is None else heads.measured(task, traced)
+
+
+def _show_trace(found: Mapping[str, Any]) -> None:
+    say()
+    if "error" in found["trace"]:
+        fail("Channels cannot be followed", found["trace"]["error"])
+        return
+    groups.show(found["trace"])
+    if found["heads"] is not None:
+        say()
+        heads.show(found["heads"])
 
 
 def _show(found: Mapping[str, Any]) -> None:
