@@ -134,7 +134,7 @@ def train_one_step(model: nn.Module, inputs: Inputs) -> Facts:
     if wild:
         raise ArithmeticError(f"not finite after a step: {', '.join(wild[:3])}")
     outputs(model, inputs)
-    return {"loss": float(loss)}
+    return {"loss": float(loss.detach())}
 
 
 def coverage(model: nn.Module, found: Trace, without: Sequence[str] = ()) -> float:

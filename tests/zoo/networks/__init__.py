@@ -21,6 +21,7 @@ SHELF = (
     Architecture("ghostnet", classifiers.GhostNet, image(32)),
     Architecture("resnet_3d", classifiers.ResNet3d, lambda: (torch.randn(2, 3, 8, 16, 16),)),
     Architecture("yolo", yolo.Yolo, image(64)),
+    Architecture("yolo_attention", yolo.YoloAttention, image(64)),
     Architecture("unet", dense.UNet, image(32)),
     Architecture("hrnet", dense.HRNet, image(32)),
     Architecture("fpn", dense.PyramidSegmenter, image(32)),

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A detector in the manner of YOLOv8: C2f blocks, fast pyramid pooling, attention on halves, two heads a scale."""
+"""A detector in the manner of YOLOv8: C2f blocks, fast pyramid pooling, two heads a scale; and with attention."""
 
 from __future__ import annotations
 
@@ -125,14 +125,15 @@ class _Detect(nn.Module):
 
 
 class Yolo(nn.Module):
-    """Backbone, path aggregation and decoupled heads, down to boxes."""
+    """Backbone, path aggregation and decoupled heads, down to boxes; from YOLOv10 on the backbone ends in attention."""
 
-    def __init__(self) -> None:
+    def __init__(self, attention: bool = False) -> None:
         super().__init__()
         self.stem = nn.Sequential(_Conv(3, 8, 3, 2), _Conv(8, 16, 3, 2), _C2f(16, 16, 1, add=True), _Conv(16, 24, 3, 2))
         self.p3 = _C2f(24, 24, 2, add=True)
         self.p4 = nn.Sequential(_Conv(24, 32, 3, 2), _C2f(32, 32, 1, add=True))
-        self.p5 = nn.Sequential(_Conv(32, 48, 3, 2), _C2f(48, 48, 1, add=True), _SPPF(48, 48), _PSA(48))
+        self.p5 = nn.Sequential(_Conv(32, 48, 3, 2), _C2f(48, 48, 1, add=True), _SPPF(48, 48))
+        self.p5.extend([_PSA(48)] if attention else [])
         self.up4, self.up3 = _C2f(80, 32), _C2f(56, 24)
         self.down4, self.out4 = _Conv(24, 24, 3, 2), _C2f(56, 32)
         self.down5, self.out5 = _Conv(32, 32, 3, 2), _C2f(80, 48)
@@ -146,3 +147,8 @@ class Yolo(nn.Module):
         n3 = self.up3(torch.cat((F.interpolate(n4, scale_factor=2.0), p3), 1))
         n4 = self.out4(torch.cat((self.down4(n3), n4), 1))
         return self.detect([n3, n4, self.out5(torch.cat((self.down5(n4), p5), 1))])
+
+
+class YoloAttention(Yolo):
+    def __init__(self) -> None:
+        super().__init__(attention=True)
