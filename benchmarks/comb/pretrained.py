@@ -22,6 +22,11 @@ from featherweight.measure import eval_copy
 from featherweight.measure.macs import count_work
 
 KEEPS = (0.9, 0.75, 0.5)
+# Scores of unlike layers are not compared. What residuals run through is left whole: nothing is trained afterwards.
+WHERE: dict[str, dict[str, Any]] = {
+    "minilm": {"layers": ("*.query", "*.intermediate.dense"), "ranking": "isomorphic"},
+    "crepe_full": {"ranking": "isomorphic"},
+}
 WAYS: dict[str, dict[str, Any]] = {
     "random": {"importance": "random"},
     "magnitude": {"importance": "magnitude"},
@@ -50,7 +55,7 @@ def main() -> None:
 
 def measured(subject: Subject, dense: Any, way: str, keep: float) -> Row:
     model, events = copy.deepcopy(subject.model), []
-    method = fw.PruneChannels({"macs": f"{100 * keep:g} %"}, per="macs", **WAYS[way])
+    method = fw.PruneChannels({"macs": f"{100 * keep:g} %"}, **WHERE[subject.name], **WAYS[way])
     start = time.process_time()
     method(model, subject.task(), fw.Stage(report=events.append))
     seconds = round(time.process_time() - start, 1)
