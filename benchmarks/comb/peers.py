@@ -13,7 +13,6 @@ no dependency: `pip install --no-deps --target FOLDER torch-pruning==1.6.1`, and
 from __future__ import annotations
 
 import argparse
-import copy
 import itertools
 import json
 import multiprocessing
@@ -89,6 +88,7 @@ PROJECTIONS = (
 
 Row = dict[str, Any]
 Inputs = tuple[Any, ...] | dict[str, Any]
+Tool = Callable[[list[nn.Module], Inputs, list[str]], list[nn.Module]]
 
 
 def main(words: list[str] | None = None) -> None:
@@ -158,9 +158,8 @@ def work(tool: str, names: list[str], folder: str | None, pipe: Any) -> None:
     torch.set_num_threads(1)
     if folder:
         sys.path.append(folder)
-    cut: Callable[[nn.Module, Inputs], list[nn.Module]] = (
-        by_torch_pruning if tool == "torch-pruning" else by_featherweight
-    )
+    cut: Tool = by_torch_pruning if tool == "torch-pruning" else by_featherweight
+    judged("pattern/mlp", cut)  # what is imported when it is first needed is nobody's time
     pipe.send(True)
     for name in names:
         pipe.send({"tool": tool, "name": name, **judged(name, cut)})
@@ -180,19 +179,21 @@ def network(name: str) -> tuple[nn.Module, Inputs]:
     return model, inputs
 
 
-def judged(name: str, cut: Callable[[nn.Module, Inputs], list[nn.Module]]) -> Row:
-    model, inputs = network(name)
-    before = sum(p.numel() for p in model.parameters())
+def judged(name: str, cut: Tool) -> Row:
+    models, inputs = [network(name)[0] for _ in range(2)], network(name)[1]
+    before = sum(p.numel() for p in models[0].parameters())
+    try:
+        outputs = making_outputs(*network(name))
+    except Exception:  # it is help for one of the tools, outside of its time; without it, nothing is named
+        outputs = []
     start = time.perf_counter()
     try:
-        candidates = cut(model, inputs)
+        candidates = cut(models, inputs, outputs)
     except Exception as error:  # whatever a tool raises is its result
         return {"verdict": "fails", "why": short(error), "seconds": round(time.perf_counter() - start, 2)}
     seconds = round((time.perf_counter() - start) / len(candidates), 2)
-    rows = [
-        judge(name, candidate) | {"left": sum(p.numel() for p in candidate.parameters()) / before}
-        for candidate in candidates
-    ]
+    left = [sum(p.numel() for p in candidate.parameters()) / before for candidate in candidates]
+    rows = [judge(name, each) | {"left": share} for each, share in zip(candidates, left, strict=True)]
     order = ("exact", "wrong", "fails", "nothing")
     return min(rows, key=lambda row: (order.index(row["verdict"]), row["left"])) | {
         "seconds": seconds,
@@ -203,15 +204,16 @@ def judged(name: str, cut: Callable[[nn.Module, Inputs], list[nn.Module]]) -> Ro
 def judge(name: str, after: nn.Module) -> Row:
     """Exact, wrong, or not running: against the network with what is gone from it absent."""
     model, inputs = network(name)
+    try:
+        answers = run(after.eval(), inputs)
+        bake(after)
+    except Exception as error:  # as above
+        return {"verdict": "fails", "why": short(error)}
     bake(model)
     gone = makers_gone(model, after)
     if not gone:
         return {"verdict": "nothing", "why": "nothing was cut"}
     expected = without(model, inputs, gone)
-    try:
-        answers = run(after.eval(), inputs)
-    except Exception as error:  # as above
-        return {"verdict": "fails", "why": short(error)}
     if [a.shape for a in answers] != [e.shape for e in expected]:
         return {"verdict": "wrong", "why": "outputs have another shape"}
     error = max(
@@ -231,8 +233,6 @@ def short(error: Exception) -> str:
 
 def makers_gone(before: nn.Module, after: nn.Module) -> list[tuple[str, int, list[int]]]:
     """Where channels are made: the positions none of whose values is anywhere in the cut network."""
-    after = copy.deepcopy(after)
-    bake(after)
     left = np.unique(np.concatenate([t.detach().reshape(-1).numpy() for t in tensors(after).values()]))
     found = []
     for name, tensor in tensors(before).items():
@@ -266,11 +266,12 @@ def made(model: nn.Module, name: str, tensor: Tensor) -> tuple[int, ...]:
 # The tools -------------------------------------------------------------------------------------------------------
 
 
-def by_featherweight(model: nn.Module, inputs: Inputs) -> list[nn.Module]:
+def by_featherweight(models: list[nn.Module], inputs: Inputs, outputs: list[str]) -> list[nn.Module]:
     """Half of every group, drawn at random; the cut is proved, which is part of its time."""
     from featherweight.edits import cut
     from featherweight.graph import trace
 
+    model = models[0]
     found = trace(model, inputs)
     chance = np.random.default_rng(0)
     halves = [[group[int(i)] for i in chance.permutation(group.size)[: group.size // 2]] for group in found.groups]
@@ -278,16 +279,13 @@ def by_featherweight(model: nn.Module, inputs: Inputs) -> list[nn.Module]:
     return [model]
 
 
-def by_torch_pruning(model: nn.Module, inputs: Inputs) -> list[nn.Module]:
+def by_torch_pruning(models: list[nn.Module], inputs: Inputs, outputs: list[str]) -> list[nn.Module]:
     """The smallest half of every group by L2 norm: with the dimensions of heads cut, and with whole heads."""
     import torch_pruning as tp
 
     candidates, errors = [], []
-    outputs = [model.get_submodule(name) for name in making_outputs(model, inputs)]
-    for whole in (False, True):
-        memo: dict[int, Any] = {}
-        one = copy.deepcopy(model, memo)
-        ignored = [memo[id(part)] for part in outputs]
+    for whole, one in zip((False, True), models, strict=True):
+        ignored = [one.get_submodule(name) for name in outputs]
         try:
             tp.pruner.BasePruner(
                 one,
@@ -303,7 +301,7 @@ def by_torch_pruning(model: nn.Module, inputs: Inputs) -> list[nn.Module]:
             candidates.append(one)
         except Exception as error:  # the other way may do
             errors.append(error)
-        if not heads(model):
+        if not heads(one):
             break
     if not candidates:
         raise errors[0]

@@ -46,6 +46,8 @@ def bake(model: nn.Module) -> None:
     """Parametrized weights become plain ones of the same value, under their own name."""
     for module in model.modules():
         if parametrize.is_parametrized(module):
+            kind = type(module)  # torch takes the weight off the class, which copies of a module share
+            module.__class__ = type(kind.__name__, kind.__bases__, dict(kind.__dict__))
             for name in list(module.parametrizations):
                 parametrize.remove_parametrizations(module, name)
         for hook in list(module._forward_pre_hooks.values()):
@@ -133,6 +135,12 @@ def _length(func: Any, x: Tensor, p: float = 2, dim: Any = None, keepdim: bool =
     return _sum(func, x.abs() ** p, dim, keepdim) ** (1 / p)
 
 
+def _pooled(func: Any, x: Tensor, *options: Any) -> Tensor:
+    """Windows over channels (local response norm) count what is absent as zero; of nothing else they are absent."""
+    there = func((~x.isnan()).to(x.dtype), *options)
+    return func(x.nan_to_num(0.0), *options).masked_fill(there == 0, float("nan"))
+
+
 def _largest(func: Any, x: Tensor, dim: Any = (), keepdim: bool = False) -> Tensor:
     dim = list(range(x.ndim)) if dim == () or dim == [] else dim
     last = float("-inf" if func.overloadpacket is aten.amax else "inf")
@@ -190,6 +198,8 @@ RULES: dict[Any, Callable[..., Any]] = {
     aten.norm: _length,
     aten.amax: _largest,
     aten.amin: _largest,
+    aten.avg_pool2d: _pooled,
+    aten.avg_pool3d: _pooled,
     aten._softmax: _softmax,
     aten._log_softmax: _softmax,
     aten._safe_softmax: _softmax,

@@ -38,9 +38,7 @@ IN_CODE = {
     "rotary_interleaved dims": "view(..., 4)",
     "spectral_norm": "vectors of the power iteration",
     "split_slice": "y[:, :4]",
-    "unused_branch": "what is computed and dropped is not in the graph",
     "view_static": "view(-1, 240)",
-    "weight_standardized": "a row's mean is of the inputs that are left",
     "weight_slices": "w[:4]",
 }
 
