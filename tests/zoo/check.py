@@ -115,7 +115,9 @@ def some(group: Group, share: float, seed: int = 0) -> list[Coupling]:
 
 
 def outputs(model: nn.Module, inputs: Inputs) -> list[Tensor]:
-    with torch.no_grad():
+    """All tensors that it answers with; from one seed, since some networks draw lots in eval mode too."""
+    with torch.no_grad(), torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
         answer = model(*inputs) if isinstance(inputs, tuple) else model(**inputs)
     return [leaf for leaf in tree_leaves(answer) if isinstance(leaf, Tensor)]
 

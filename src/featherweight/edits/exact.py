@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map, tree_map_only
 
@@ -146,6 +147,25 @@ class Exact(TorchDispatchMode):  # type: ignore[no-untyped-call]
         return type(out)(values) if isinstance(out, tuple) else values[0]
 
 
+class _Experts(TorchFunctionMode):
+    """grouped_mm as products of single matrices, forward and backward: torch has no float64 for it."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return (_of_experts if func is torch._grouped_mm else func)(*args, **(kwargs or {}))
+
+
+def _of_experts(
+    rows: Tensor, weight: Tensor, offs: Tensor | None = None, bias: Tensor | None = None, out_dtype: Any = None
+) -> Tensor:
+    """A block of rows for each expert; `offs` are the blocks' ends. Rows beyond the last one are zeros."""
+    if rows.ndim != 2 or weight.ndim != 3 or offs is None:
+        raise NotImplementedError("grouped_mm is known for rows of shape (n, k) and weights of shape (experts, k, m).")
+    ends = offs.tolist()
+    parts = [rows[a:b] @ weight[i] for i, (a, b) in enumerate(zip([0, *ends], ends, strict=False))]
+    out = torch.cat([*parts, rows.new_zeros(rows.shape[0] - ends[-1], weight.shape[-1])])
+    return out if bias is None else out + bias
+
+
 def _average(result: Tensor) -> float:
     return float(result.mean()) if result.is_floating_point() and result.numel() else 0.0
 
@@ -232,9 +252,20 @@ def run(model: nn.Module, inputs: tuple[Any, ...] | Mapping[str, Any], exact: Ex
     inputs = tree_map_only(Tensor, lambda t: _wide(t.detach().clone().to(device)), inputs)
     devices = [device] if device.type == "cuda" else []
     exact.names = {id(module): name for name, module in model.named_modules()}
-    with torch.random.fork_rng(devices=devices), _plain_kernels(), exact:
+    with torch.random.fork_rng(devices=devices), _plain_kernels(), _double_by_default(), _Experts(), exact:
         torch.manual_seed(seed)
         return model(**inputs) if isinstance(inputs, Mapping) else model(*inputs)
+
+
+@contextlib.contextmanager
+def _double_by_default() -> Iterator[None]:
+    """What the model's code makes without a dtype (`torch.full((), limit)`) has to hold float64's limits."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float64)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
 
 
 @contextlib.contextmanager

@@ -270,6 +270,11 @@ def fill(walk: Walk, call: Call) -> Value:
     return Value(call.out, (), True)
 
 
+def alike(walk: Walk, call: Call) -> Value:
+    """zeros_like and the like: of other values, but as large as what they are like, and so cut with it."""
+    return dataclasses.replace(call.values[0], shape=call.out, tensor=None)
+
+
 def constant(walk: Walk, call: Call) -> Any:
     return plain(call)
 
@@ -312,15 +317,12 @@ RULES: dict[str, Rule] = {
             "new_full",
             "new_empty",
             "scalar_tensor",
-            "zeros_like",
-            "ones_like",
-            "full_like",
-            "empty_like",
             "fill",
             "zero",
         ],
         fill,
     ),
+    **dict.fromkeys(("zeros_like", "ones_like", "full_like", "empty_like"), alike),
     **dict.fromkeys(
         [
             "arange",
