@@ -47,7 +47,7 @@ def _speed(rows: Sequence[Facts]) -> str:
 
 def _goals(results: Sequence[Facts]) -> str:
     reached = [facts for facts in results if _coverage(facts) >= ENOUGH and _passed(facts)]
-    in_code = [facts for facts in reached if facts["trace"]["in_code"] >= ENOUGH]
+    in_code = [facts for facts in reached if facts["trace"].get("in_code", 0.0) >= ENOUGH]
     unsafe = [facts for facts in results if facts["outcome"] in ("wrong", "crashed", "hung")]
     groups = [group for facts in results for group in facts.get("groups", ())]
     cuts = [group[size]["outcome"] for group in groups for size in ("one", "share")]

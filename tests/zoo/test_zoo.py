@@ -14,6 +14,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
 
 from featherweight.errors import FeatherweightError
 from featherweight.graph import trace
@@ -80,6 +82,54 @@ def test_the_oracle_of_zeros_sees_a_cut_of_other_channels() -> None:
     assert check.against_zeros(model, pruned, inputs, found, couplings)["zeros"] < 1e-9
     other = [found[coupling.group][(coupling.index + 1) % found[coupling.group].size] for coupling in couplings]
     assert check.against_zeros(model, pruned, inputs, found, other)["outcome"] == "wrong"
+
+
+class Experts(nn.Module):
+    """Rows in blocks, each for the matrices of one expert, as mixtures of experts have them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.down = nn.Parameter(torch.randn(3, 8, 20)), nn.Parameter(torch.randn(3, 20, 8))
+        self.register_buffer("ends", torch.tensor([4, 4, 12], dtype=torch.int32))
+
+    def forward(self, rows: Tensor) -> Tensor:
+        hidden = F.grouped_mm(rows, self.up, offs=self.ends).relu()
+        return F.grouped_mm(hidden, self.down, offs=self.ends)
+
+
+class Queries(nn.Module):
+    """Zeros as large as learned positions, as detectors start their queries."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.positions, self.content, self.place = nn.Linear(6, 10), nn.Linear(10, 4), nn.Linear(10, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        positions = self.positions(x)
+        return self.content(torch.zeros_like(positions)) * self.place(positions)
+
+
+@pytest.mark.parametrize(
+    ("network", "inputs", "members"),
+    [
+        (Experts, (torch.randn(12, 8),), {("up", 2), ("down", 1)}),
+        (
+            Queries,
+            (torch.randn(3, 6),),
+            {("positions.weight", 0), ("positions.bias", 0), ("content.weight", 1), ("place.weight", 1)},
+        ),
+    ],
+)
+def test_what_the_zoo_asked_for_is_one_group_and_cut_as_one(
+    network: type[nn.Module], inputs: tuple[Tensor, ...], members: set[tuple[str, int]]
+) -> None:
+    torch.manual_seed(0)
+    model = network()
+    found = trace(model, inputs)
+    assert [{(member.tensor, member.axis) for member in group.members} for group in found.groups] == [members]
+    pruned = copy.deepcopy(model)
+    _, couplings = check.cut_share(pruned, inputs, found)
+    assert check.against_zeros(model, pruned, inputs, found, couplings).get("outcome") != "wrong"
 
 
 def test_there_are_at_least_sixty_architectures_each_with_a_label_of_its_own() -> None:
