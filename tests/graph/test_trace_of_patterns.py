@@ -7,8 +7,10 @@ import functools
 import re
 
 import pytest
+import torch
 
 from featherweight.graph import Group, Trace, trace
+from tests.graph.absent import without
 from tests.graph.patterns import PATTERNS, build
 
 GRAINS = [
@@ -101,3 +103,41 @@ def test_every_position_of_every_axis_is_in_one_place(name, grain):
         assert set(positions) <= set(range(size))
         left = sum(f.positions for f in found.frozen if (f.tensor, f.axis) == (tensor, axis))
         assert len(positions) + left == size, (tensor, axis, said(found))
+
+
+@pytest.mark.parametrize(
+    ("name", "tensor", "roles"),
+    [
+        ("chain_flatten", "b.weight", ["output", "input"]),
+        ("transposed", "up.weight", ["input", "output"]),
+        ("depthwise", "norm.running_var", ["scale"]),
+        ("matmul_of_parameters", "a", [None, "output"]),
+        ("matmul_of_parameters", "b", ["input", "output"]),
+        ("lstm_between_layers", "rnn.weight_hh_l0", ["output", "input"]),
+        ("embeddings_summed", "words.weight", [None, "output"]),
+        ("layerscale_param", "gamma", ["scale"]),
+        ("attn_fused_qkv", "qkv.weight", ["output", None]),
+        ("tied_embedding_projected", "back.weight", ["output", "input"]),
+    ],
+)
+def test_an_axis_is_told_as_made_or_read_or_scaled(name, tensor, roles):
+    members = [member for group in traced(name).groups for member in group.members if member.tensor == tensor]
+    told = {member.axis: member.role for member in members}
+    assert [told.get(axis) for axis in range(len(roles))] == roles
+
+
+@pytest.mark.parametrize(
+    "name", ["gather_roll", "pixel_unshuffle", "channel_shuffle", "patch_merging", "flatten_hwc", "cat_same_twice"]
+)
+def test_columns_that_go_are_those_that_read_absent_channels(name):
+    """Where the makers are absent already, taking these columns as well changes nothing; with any other it would."""
+    found = traced(name)
+    for group, index in [(one, i) for one in found.groups for i in (0, one.size - 1)]:
+        places = {
+            reads: [
+                (m.tensor, m.axis, m.positions[index].tolist()) for m in group.members if (m.role == "input") == reads
+            ]
+            for reads in (False, True)
+        }
+        once, twice = (without(*build(name), gone) for gone in (places[False], places[False] + places[True]))
+        assert places[True] and all(torch.equal(a, b) for a, b in zip(once, twice, strict=True))
