@@ -133,15 +133,16 @@ def line_of(text: str) -> int:
         return next(i for i, line in enumerate(file, start=1) if text in line)
 
 
-def test_a_branch_on_the_data_is_named_by_file_and_line() -> None:
+def test_a_branch_on_the_data_is_named_by_file_and_line(capsys: pytest.CaptureFixture[str]) -> None:
     trace = fw.trace(Convs(branching), (X,))
+    assert capsys.readouterr() == ("", "")  # torch.export prints whole graphs of what it could not do
     assert trace.front == "recorded" and trace.groups
     where = f"{__file__.rpartition('/')[2]}:{line_of('# where the forward branches')}"
     assert any(where in note for note in trace.notes)
     assert any("only the path of these inputs was seen" in note for note in trace.notes)
 
 
-def test_what_leaves_torch_is_frozen_and_the_method_says_where(capfd: pytest.CaptureFixture[str]) -> None:
+def test_what_leaves_torch_is_frozen_and_the_method_says_where() -> None:
     model = Convs(through_numpy)
     where = f"{__file__.rpartition('/')[2]}:{line_of('# where the graph ends')}"
     trace = fw.trace(model, (X,))
@@ -150,7 +151,6 @@ def test_what_leaves_torch_is_frozen_and_the_method_says_where(capfd: pytest.Cap
         fw.PruneChannels({"macs": "50 %"}, importance="magnitude", layers=["*"], keep=["b.*"])(
             model, make_task(model), fw.Stage()
         )
-    assert capfd.readouterr() == ("", "")  # torch.export prints whole graphs of what it could not do
 
 
 def test_sizes_written_as_numbers_are_refused_with_the_line() -> None:
