@@ -140,7 +140,7 @@ class Join:
         operands: Sequence[Value],
         letters: Sequence[str],
         output: str,
-        why: str = "it is multiplied by a tensor without channels",
+        why: str = "it reads a tensor without channels, as the model's inputs are",
     ) -> tuple[Value, dict[str, tuple[int, int, Planes]]]:
         """A sum of products in Einstein's notation, one letter an axis.
 

@@ -151,6 +151,12 @@ def convolution(walk: Walk, call: Call) -> Value:
     weight = walk.pin(weight, range(2, 2 + rank), "a kernel's positions cannot be cut")
     moving = [axis for axis in range(rank) if not _still(call, weight.shape, axis)]
     x = walk.pin(x, [2 + axis for axis in moving], "a convolution moves over it")
+    # After a pixel shuffle channels vary over positions as well, and it is channels that a convolution sums over.
+    mixed = [plane for plane in x.planes if 1 in (along := varies(walk.labels, plane)) and len(along) > 1]
+    over = walk.pin(
+        dataclasses.replace(x, planes=tuple(mixed)), range(2, 2 + rank), "a convolution sums channels over it"
+    )
+    x = dataclasses.replace(x, planes=(*(p for p in x.planes if not any(p is m for m in mixed)), *over.planes))
     x = dataclasses.replace(x, shape=(*x.shape[:2], *out[2:]))
     taps = math.prod(weight.shape[2:])
     matrix = Value(weight.shape[:2], tuple(_matrix(plane) for plane in weight.planes), tensor=weight.tensor)
