@@ -25,9 +25,9 @@ def table(columns: Columns, rows: Sequence[Any]) -> str:
 
 
 def put(name: str, body: str, page: Path | None = None) -> None:
-    """Writes a table into the page, where the page has its marks."""
+    """Writes a table that has a row into the page, where the page has its marks."""
     page = page or DOCS / "comb.md"
-    if not page.exists():
+    if not page.exists() or body.count("\n") < 2:
         return
     text = page.read_text(encoding="utf-8")
     pattern = rf"(<!-- {re.escape(name)} -->\n).*?(<!-- end -->)"

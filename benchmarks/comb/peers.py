@@ -6,7 +6,8 @@ what is gone marked as absent (tests/graph/absent.py), in float64. What a tool t
 left, every one of which is unique, so that neither tool's own book-keeping is believed.
 
 Torch-Pruning is told what a user would tell it: which layers make the outputs, how many heads a projection has; it is
-tried with heads and with their dimensions cut, and the better result counts. Its forwards are not patched by hand. It is
+tried with heads and with their dimensions cut, and the better result counts. Its forwards are not patched by hand. What comes out is `exact`, `wrong` (it runs, and answers something else), `breaks` (what is left
+does not run), `hangs`, `stops` (with an error, and the network as it was) or `nothing` (was cut). Torch-Pruning is
 no dependency: `pip install --no-deps --target FOLDER torch-pruning==1.6.1`, and `--torch-pruning FOLDER`.
 """
 
@@ -136,7 +137,7 @@ def measured(tool: str, names: list[str], folder: str | None) -> Iterator[Row]:
         ready = ours.poll(300) and ours.recv()
         while left and ready:
             row = received(ours)
-            yield row or {"tool": tool, "name": left[0], "verdict": "hangs" if worker.is_alive() else "fails", "why": f"no answer in {LIMIT:.0f} s" if worker.is_alive() else "the process died"}  # fmt: skip
+            yield row or {"tool": tool, "name": left[0], "verdict": "hangs" if worker.is_alive() else "breaks", "why": f"no answer in {LIMIT:.0f} s" if worker.is_alive() else "the process died"}  # fmt: skip
             left.pop(0)
             if row is None:
                 break
@@ -190,11 +191,13 @@ def judged(name: str, cut: Tool) -> Row:
     try:
         candidates = cut(models, inputs, outputs)
     except Exception as error:  # whatever a tool raises is its result
-        return {"verdict": "fails", "why": short(error), "seconds": round(time.perf_counter() - start, 2)}
+        whole = all(untouched(name, model) for model in models)
+        found = {"verdict": "stops" if whole else "breaks", "why": short(error)}
+        return found | {"seconds": round(time.perf_counter() - start, 2)}
     seconds = round((time.perf_counter() - start) / len(candidates), 2)
     left = [sum(p.numel() for p in candidate.parameters()) / before for candidate in candidates]
     rows = [judge(name, each) | {"left": share} for each, share in zip(candidates, left, strict=True)]
-    order = ("exact", "wrong", "fails", "nothing")
+    order = ("exact", "wrong", "breaks", "nothing")
     return min(rows, key=lambda row: (order.index(row["verdict"]), row["left"])) | {
         "seconds": seconds,
         "parameters": before,
@@ -208,7 +211,7 @@ def judge(name: str, after: nn.Module) -> Row:
         answers = run(after.eval(), inputs)
         bake(after)
     except Exception as error:  # as above
-        return {"verdict": "fails", "why": short(error)}
+        return {"verdict": "breaks", "why": short(error)}
     bake(model)
     gone = makers_gone(model, after)
     if not gone:
@@ -222,6 +225,13 @@ def judge(name: str, after: nn.Module) -> Row:
         if e.is_floating_point()
     )
     return {"verdict": "exact" if error < TOLERANCE else "wrong", "error": error}
+
+
+def untouched(name: str, model: nn.Module) -> bool:
+    """Whether a network is as it was before a tool gave up on it."""
+    before = network(name)[0].state_dict()
+    now = model.state_dict()
+    return list(now) == list(before) and all(torch.equal(now[key], before[key]) for key in before)
 
 
 def short(error: Exception) -> str:
@@ -284,7 +294,8 @@ def by_torch_pruning(models: list[nn.Module], inputs: Inputs, outputs: list[str]
     import torch_pruning as tp
 
     candidates, errors = [], []
-    for whole, one in zip((False, True), models, strict=True):
+    ways = (False, True) if heads(models[0]) else (False,)
+    for whole, one in zip(ways, models, strict=False):
         ignored = [one.get_submodule(name) for name in outputs]
         try:
             tp.pruner.BasePruner(
@@ -301,8 +312,6 @@ def by_torch_pruning(models: list[nn.Module], inputs: Inputs, outputs: list[str]
             candidates.append(one)
         except Exception as error:  # the other way may do
             errors.append(error)
-        if not heads(one):
-            break
     if not candidates:
         raise errors[0]
     return candidates
@@ -347,8 +356,8 @@ def page(rows: Mapping[str, Row]) -> str:
         ],
         f"{len(NETWORKS)} networks": [f"network/{name}" for name in NETWORKS],
     }
-    verdicts = ("exact", "wrong", "fails", "hangs", "nothing")
-    head = ["", "tool", *("exact", "**wrong**", "fails", "hangs", "nothing cut"), "seconds, median"]
+    verdicts = ("exact", "wrong", "breaks", "hangs", "stops", "nothing")
+    head = ["", "tool", *("exact", "**wrong**", "breaks", "hangs", "stops", "nothing cut"), "seconds, median"]
     lines = []
     for title, names in sets.items():
         for tool in TOOLS:
