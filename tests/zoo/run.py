@@ -58,14 +58,16 @@ def main(arguments: Sequence[str] | None = None) -> None:
                 f"{facts['label']:24} {facts['outcome']:10} {facts['seconds']:6.1f} s  {facts['reason'][:160]}",
                 flush=True,
             )
-    found = [
-        json.loads(_result(options.results, name).read_text())
-        for name in labels
-        if _result(options.results, name).exists()
-    ]
-    speed = options.results / "speed" / "speed.json"
-    write(found, options.page, json.loads(speed.read_text()) if speed.exists() else ())
+            _write_page(labels, options)
+    _write_page(labels, options)
     print(options.page)
+
+
+def _write_page(labels: Sequence[str], options: argparse.Namespace) -> None:
+    paths = [_result(options.results, label) for label in labels]
+    speed = options.results / "speed" / "speed.json"
+    found = [json.loads(path.read_text()) for path in paths if path.exists()]
+    write(found, options.page, json.loads(speed.read_text()) if speed.exists() else ())
 
 
 def _options(arguments: Sequence[str] | None) -> argparse.Namespace:

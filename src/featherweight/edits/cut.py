@@ -8,6 +8,7 @@ All of it is worked out on copies; the model is touched at the end, and put back
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -21,6 +22,7 @@ from featherweight.edits.effective import find_effective
 from featherweight.edits.exact import double
 from featherweight.edits.follow import apply_followed, followers
 from featherweight.edits.repair import Finding, candidates, choose
+from featherweight.edits.running import check_runs, modes_that_run
 from featherweight.edits.self_attention import read_self_attention
 from featherweight.edits.undo import remember
 from featherweight.edits.verify import Inputs, Oracle, Verified, generic, prove
@@ -109,6 +111,7 @@ def cut(
     if not removed:
         return Cut(Plan(), {}, kept, (), None)
     before = double(model) if inputs is not None else None
+    modes = modes_that_run(model, inputs) if inputs is not None and verify else ()
     edits, read = _slices(model, trace, removed)
     oracle: tuple[Oracle, float] | None = None
     if before is not None and inputs is not None:
@@ -132,6 +135,7 @@ def cut(
         if verify and before is not None and inputs is not None:
             verified = prove(before, model, plan, inputs, read, _TOLERANCE, seed, oracle)
             done = dataclasses.replace(done, verified=verified)
+            check_runs(model, inputs, modes)
     except BaseException:
         undo()
         raise
@@ -157,7 +161,7 @@ def refusals(model: nn.Module, trace: Trace, inputs: Inputs, *, seed: int = 0) -
     ['a']
     """
     _refuse_stale(model, trace)
-    before = double(model)
+    before, modes = double(model), modes_that_run(model, inputs)
     found: dict[str, str] = {}
 
     def look(names: Sequence[str]) -> None:
@@ -165,7 +169,10 @@ def refusals(model: nn.Module, trace: Trace, inputs: Inputs, *, seed: int = 0) -
         kept = {name: size - (name in removed) for name, size in trace.sizes.items()}
         try:
             edits, read = _slices(model, trace, removed)
-            _mended(before, trace, kept, edits, read, inputs, seed, 60)
+            edits, _ = _mended(before, trace, kept, edits, read, inputs, seed, 60)
+            twin = copy.deepcopy(model)
+            replay(twin, edits)
+            check_runs(twin, inputs, modes)
         except EditError as error:
             if len(names) == 1:
                 found[names[0]] = str(error)
