@@ -18,7 +18,7 @@ INSTALLED := $(VENV)/.installed
 # Twice quiet hides pip's warnings (a package index that a machine lists but lacks, say) and shows its errors.
 PIP_INSTALL := $(BIN)/python -m pip install -qq --disable-pip-version-check
 
-.PHONY: help install demo test lint types levels pytest gradual reconstruct comb clean
+.PHONY: help install demo test lint types levels pytest gradual reconstruct comb zoo clean
 
 help: ## List the targets
 	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## /\1\t/' | expand -t 12
@@ -49,8 +49,8 @@ types: $(INSTALLED) ## Types: mypy, strict
 levels: $(INSTALLED) ## Which room may import which: import-linter
 	$(BIN)/lint-imports --no-logo
 
-pytest: $(INSTALLED) ## Tests, doctests, and the code blocks of README and docs
-	$(BIN)/python -m pytest
+pytest: $(INSTALLED) ## Tests, doctests, and the code blocks of README and docs, a process a core
+	$(BIN)/python -m pytest -n auto --dist worksteal
 
 gradual: $(INSTALLED) ## The README's figures on gradual pruning, measured anew
 	$(BIN)/python -m benchmarks.gradual all
@@ -62,6 +62,10 @@ reconstruct: $(INSTALLED) ## The figures on compression after training: hours, a
 
 comb: $(INSTALLED) ## The figures on pruned channels and heads: two hours, and packages that are fetched
 	for one in train headline curve kd classes importances pretrained latency; do $(BIN)/python -m benchmarks.comb.$$one; done
+
+zoo: $(INSTALLED) ## Every small network of the zoo, combed, cut, trained, saved, loaded and exported: about an hour
+	$(BIN)/python -m tests.zoo.speed
+	$(BIN)/python -m tests.zoo.run
 
 clean: ## Remove what the checks and builds leave behind, but not .venv
 	rm -rf build dist src/*.egg-info .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis
