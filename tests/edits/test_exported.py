@@ -116,3 +116,19 @@ def test_refusals_say_what_to_do():
         cut_exported(model, [type(group[0])(group.name, 99)], inputs, trace=found)
     with pytest.raises(GraphError, match="cannot be exported"):
         rewrite(*build("control_flow"), {})
+
+
+def test_a_repeat_that_says_its_length_says_the_new_one():
+    class Repeats(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b = torch.nn.Linear(3, 4), torch.nn.Linear(8, 2)
+
+        def forward(self, x):
+            return self.b(torch.repeat_interleave(self.a(x), 2, dim=-1, output_size=8))
+
+    model, x = Repeats().double(), (torch.randn(5, 3, dtype=torch.float64),)
+    done = cut_exported(model, trace(model, x)["a"][1:2], x)
+    kept, columns = [0, 2, 3], [0, 1, 4, 5, 6, 7]
+    hidden = (x[0] @ model.a.weight[kept].T + model.a.bias[kept]).repeat_interleave(2, -1)
+    torch.testing.assert_close(done.program(*x), hidden @ model.b.weight[:, columns].T + model.b.bias)

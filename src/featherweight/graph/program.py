@@ -258,6 +258,12 @@ def _indexed(node: torch.fx.Node, original: torch.fx.Node, sizes: _Sizes) -> Non
         _set(node, "indices", new)
 
 
+def _repeated(node: torch.fx.Node, original: torch.fx.Node, sizes: _Sizes) -> None:
+    value, axis = sizes.value(original), _get(original, "dim")
+    if _get(original, "output_size") is not None and axis is not None:
+        _set(node, "output_size", sizes.shape(value)[axis])
+
+
 def _convolved(node: torch.fx.Node, original: torch.fx.Node, sizes: _Sizes) -> None:
     groups = _get(original, "groups", 1)
     value = sizes.value(_get(original, "input"))
@@ -307,6 +313,7 @@ _CHANGES: dict[str, Change] = {
     "slice": _sliced,
     "select": _selected,
     "index": _indexed,
+    "repeat_interleave": _repeated,
     **dict.fromkeys([f"conv{n}d" for n in (1, 2, 3)] + [f"conv_transpose{n}d" for n in (1, 2, 3)], _convolved),
     "group_norm": _group_normed,
     **dict.fromkeys(("layer_norm", "rms_norm"), _layer_normed),
