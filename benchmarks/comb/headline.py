@@ -13,7 +13,7 @@ from benchmarks.comb.runs import Setting, beside, between, command, found
 
 MARGIN = {"fashion": 1.0, "land 5": 2.0, "land 7": 2.0}
 DISTILL = {"fashion": "kl", "land 5": "cwd", "land 7": "cwd"}
-SMALLER = ("resnet", "vit", "unet", "seaformer")
+SMALLER = ("resnet", "vit", "vit-long", "unet", "seaformer")
 SETTINGS = [
     Setting(network, keep, distill=DISTILL[NETWORKS[network].task])
     for keep, networks in ((0.5, (*SMALLER, "resnext", "mobilenet")), (0.33, SMALLER), (0.25, SMALLER))

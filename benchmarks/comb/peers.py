@@ -6,9 +6,10 @@ what is gone marked as absent (tests/graph/absent.py), in float64. What a tool t
 left, every one of which is unique, so that neither tool's own book-keeping is believed.
 
 Torch-Pruning is told what a user would tell it: which layers make the outputs, how many heads a projection has; it is
-tried with heads and with their dimensions cut, and the better result counts. Its forwards are not patched by hand. What comes out is `exact`, `wrong` (it runs, and answers something else), `breaks` (what is left
-does not run), `hangs`, `stops` (with an error, and the network as it was) or `nothing` (was cut). Torch-Pruning is
-no dependency: `pip install --no-deps --target FOLDER torch-pruning==1.6.1`, and `--torch-pruning FOLDER`.
+tried with heads and with their dimensions cut, and the better result counts. Its forwards are not patched by hand.
+What comes out is `exact`, `wrong` (it runs, and answers something else), `breaks` (what is left does not run), `hangs`,
+`stops` (with an error, and the network as it was) or `nothing` (was cut). Torch-Pruning is no dependency:
+`pip install --no-deps --target FOLDER torch-pruning==1.6.1`, and `--torch-pruning FOLDER`.
 """
 
 from __future__ import annotations
@@ -28,47 +29,17 @@ from typing import Any
 import numpy as np
 import torch
 from tests.graph.absent import bake, run, without
-from tests.graph.patterns import MEASURED, PATTERNS, build
+from tests.graph.patterns import PATTERNS, build
 from tests.zoo.architectures import find
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
-from benchmarks.comb.pages import put, table
+from benchmarks.comb.pages import put
+from benchmarks.comb.peers_page import NETWORKS, TOOLS, Row, page
 
 RESULTS = Path(__file__).parent / "results" / "peers.json"
 LIMIT = 90.0  # seconds a network
 TOLERANCE = 1e-9
-NETWORKS = [
-    "alexnet",
-    "vgg",
-    "resnet",
-    "resnext",
-    "densenet",
-    "inception",
-    "shufflenet_v2",
-    "mobilenet_v2",
-    "efficientnet",
-    "convnext",
-    "yolo",
-    "unet",
-    "vit",
-    "deit",
-    "swin",
-    "segformer",
-    "levit",
-    "xcit",
-    "mlp_mixer",
-    "vit_fused_qkv",
-    "torch_transformer",
-    "lstm_language_model",
-    "bert",
-    "gpt2",
-    "t5",
-    "llama",
-    "qwen2",
-    "whisper",
-]
-TOOLS = ("torch-pruning", "featherweight")
 HEADS = ("num_heads", "num_attention_heads", "n_heads", "n_head", "heads")
 PROJECTIONS = (
     "q",
@@ -87,7 +58,6 @@ PROJECTIONS = (
     "c_attn",
 )
 
-Row = dict[str, Any]
 Inputs = tuple[Any, ...] | dict[str, Any]
 Tool = Callable[[list[nn.Module], Inputs, list[str]], list[nn.Module]]
 
@@ -340,63 +310,6 @@ def heads(model: nn.Module) -> Mapping[nn.Module, int]:
                 if number:
                     found[layer] = number
     return found
-
-
-# The page --------------------------------------------------------------------------------------------------------
-
-
-def page(rows: Mapping[str, Row]) -> str:
-    def of(tool: str, names: list[str]) -> list[Row]:
-        return [rows[key] for name in names if (key := f"{tool} {name}") in rows]
-
-    sets = {
-        f"{len(MEASURED)} patterns of other libraries' users": [f"pattern/{name}" for name in MEASURED],
-        f"{len(PATTERNS) - len(MEASURED)} more patterns": [
-            f"pattern/{name}" for name in PATTERNS if name not in MEASURED
-        ],
-        f"{len(NETWORKS)} networks": [f"network/{name}" for name in NETWORKS],
-    }
-    verdicts = ("exact", "wrong", "breaks", "hangs", "stops", "nothing")
-    head = ["", "tool", *("exact", "**wrong**", "breaks", "hangs", "stops", "nothing cut"), "seconds, median"]
-    lines = []
-    for title, names in sets.items():
-        for tool in TOOLS:
-            found = of(tool, names)
-            counts = [str(sum(row["verdict"] == verdict for row in found)) for verdict in verdicts]
-            times = [row["seconds"] for row in found if "seconds" in row]
-            lines.append([title, tool, *counts, f"{np.median(times):.2f}" if times else ""])
-    columns = {title: (lambda line, i=i: line[i]) for i, title in enumerate(head)}
-    return "\n\n".join([table(columns, lines), details(rows, sets[f"{len(NETWORKS)} networks"]), differences(rows)])
-
-
-def details(rows: Mapping[str, Row], names: list[str]) -> str:
-    def cell(tool: str) -> Callable[[str], str]:
-        return lambda name: told(rows.get(f"{tool} {name}"))
-
-    columns: dict[str, Callable[[Any], str]] = {"network": lambda name: name.partition("/")[2]}
-    columns |= {f"{tool}: result, parameters left, seconds": cell(tool) for tool in TOOLS}
-    return table(columns, names)
-
-
-def told(row: Row | None) -> str:
-    if row is None:
-        return "not measured"
-    if row["verdict"] == "exact":
-        return f"exact, {100 * row['left']:.0f} %, {row['seconds']:.1f} s"
-    if row["verdict"] == "wrong":
-        return f"**wrong** by {row['error']:.0e}" if "error" in row else "**wrong** shape"
-    return f"{row['verdict']} ({row['why'].partition(':')[0]})"
-
-
-def differences(rows: Mapping[str, Row]) -> str:
-    """The patterns on which the two do not agree, or both fall short."""
-    names = [f"pattern/{name}" for name in PATTERNS]
-    short_of = [
-        name for name in names if any(rows.get(f"{tool} {name}", {}).get("verdict") != "exact" for tool in TOOLS)
-    ]
-    columns: dict[str, Callable[[Any], str]] = {"pattern": lambda name: name.partition("/")[2]}
-    columns |= {tool: (lambda name, tool=tool: told(rows.get(f"{tool} {name}"))) for tool in TOOLS}
-    return f"Patterns that one of the two does not get exact ({len(short_of)} of {len(names)}):\n\n{table(columns, short_of)}"
 
 
 if __name__ == "__main__":

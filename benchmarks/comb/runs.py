@@ -69,6 +69,7 @@ TRAINING = {
     "resnext": Training(600, 0.02),
     "mobilenet": Training(600, 0.02),
     "vit": Training(800, 1e-3),
+    "vit-long": Training(800, 1e-3),
     "unet": Training(400, 2e-3),
     "unet small": Training(300, 2e-3),
     "unet 7": Training(250, 2e-3),

@@ -39,6 +39,7 @@ _ALL = (
     Network("resnext", "fashion", lambda: resnext(48), "sgd", 0.1, 1800),
     Network("mobilenet", "fashion", lambda: mobilenet(16), "sgd", 0.1, 1800),
     Network("vit", "fashion", lambda: ViT(64, 4, 4), "adamw", 3e-3, 1600),
+    Network("vit-long", "fashion", lambda: ViT(64, 4, 4), "adamw", 3e-3, 4290),  # five epochs rather than two
     Network("unet", "land 5", lambda: UNet(5, 12), "adamw", 3e-3, 700),
     Network("unet small", "land 5", lambda: UNet(5, 6), "adamw", 3e-3, 700, "unet"),
     Network("unet 7", "land 7", lambda: UNet(7, 12), "adamw", 3e-3, 700),
