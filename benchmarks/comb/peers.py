@@ -247,16 +247,31 @@ def made(model: nn.Module, name: str, tensor: Tensor) -> tuple[int, ...]:
 
 
 def by_featherweight(models: list[nn.Module], inputs: Inputs, outputs: list[str]) -> list[nn.Module]:
-    """Half of every group, drawn at random; the cut is proved, which is part of its time."""
-    from featherweight.edits import cut
+    """Half of every group, drawn at random; the cut is proved, which is part of its time. What `cut` says that it cannot
+    carry out in the network's own code is left out, by `refusals`."""
+    from featherweight.edits import cut, refusals
+    from featherweight.errors import FeatherweightError
     from featherweight.graph import trace
 
-    model = models[0]
-    found = trace(model, inputs)
-    chance = np.random.default_rng(0)
-    halves = [[group[int(i)] for i in chance.permutation(group.size)[: group.size // 2]] for group in found.groups]
-    cut(model, [coupling for half in halves for coupling in half], trace=found, inputs=inputs)
-    return [model]
+    candidates, errors = [], []
+    for grain, model in zip(("heads", "dims") if heads(models[0]) else ("heads",), models, strict=False):
+        try:
+            found = trace(model, inputs, grain=grain)
+            chance = np.random.default_rng(0)
+            halves = {g.name: [g[int(i)] for i in chance.permutation(g.size)[: g.size // 2]] for g in found.groups}
+            try:
+                cut(model, itertools.chain(*halves.values()), trace=found, inputs=inputs)
+            except FeatherweightError:
+                left = halves.keys() - refusals(model, found, inputs).keys()
+                if not left:
+                    raise
+                cut(model, itertools.chain(*(halves[name] for name in left)), trace=found, inputs=inputs)
+            candidates.append(model)
+        except FeatherweightError as error:  # the other way may do
+            errors.append(error)
+    if not candidates:
+        raise errors[0]
+    return candidates
 
 
 def by_torch_pruning(models: list[nn.Module], inputs: Inputs, outputs: list[str]) -> list[nn.Module]:

@@ -25,9 +25,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from tests.graph.pattern import leaves
 
 aten = torch.ops.aten
+Inputs = tuple[Any, ...] | dict[str, Any]
 
 
-def without(model: nn.Module, inputs: tuple[Any, ...], makers: list[tuple[str, int, list[int]]]) -> list[Tensor]:
+def without(model: nn.Module, inputs: Inputs, makers: list[tuple[str, int, list[int]]]) -> list[Tensor]:
     """The outputs of `model` with the positions of `makers` (tensor, axis, positions) absent. Changes `model`."""
     bake(model)
     tensors = {
@@ -39,7 +40,11 @@ def without(model: nn.Module, inputs: tuple[Any, ...], makers: list[tuple[str, i
             if tensors[name].is_floating_point():
                 tensors[name].index_fill_(axis, torch.tensor(positions), float("nan"))
     with plainly(Absent()):
-        return leaves(model(*inputs))
+        return leaves(answer(model, inputs))
+
+
+def answer(model: nn.Module, inputs: Inputs) -> Any:
+    return model(**inputs) if isinstance(inputs, dict) else model(*inputs)
 
 
 def bake(model: nn.Module) -> None:
@@ -55,10 +60,10 @@ def bake(model: nn.Module) -> None:
                 remove_weight_norm(module, hook.name)
 
 
-def run(model: nn.Module, inputs: tuple[Any, ...]) -> list[Tensor]:
+def run(model: nn.Module, inputs: Inputs) -> list[Tensor]:
     """The model's tensors, casts to float32 inside it left out."""
     with plainly(Promoted()):
-        return leaves(model(*inputs))
+        return leaves(answer(model, inputs))
 
 
 @contextlib.contextmanager

@@ -15,7 +15,9 @@ from tests.graph.absent import run, without
 from tests.graph.random_graphs import Word, image_words, inputs, network, token_words
 from tests.graph.test_cuts_of_patterns import gone, renumbered
 
-QUICK = settings(max_examples=8, phases=[Phase.explicit, Phase.generate], deadline=None, suppress_health_check=[HealthCheck.too_slow])
+QUICK = settings(
+    max_examples=6, phases=[Phase.explicit, Phase.generate], deadline=None, suppress_health_check=[HealthCheck.too_slow]
+)
 KINDS = pytest.mark.parametrize("images", [True, False], ids=["images", "tokens"])
 
 

@@ -22,8 +22,13 @@ GRAINS = [
 EVERY = pytest.mark.parametrize(("name", "grain"), GRAINS)
 
 
-@functools.cache
 def traced(name: str, grain: str = "heads") -> Trace:
+    """Once for all tests: torch.export is what takes their time."""
+    return _traced(name, grain)
+
+
+@functools.cache
+def _traced(name: str, grain: str) -> Trace:
     model, inputs = build(name)
     return trace(model, inputs, grain=grain)
 
