@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Dense networks to start from: `python -m benchmarks.comb.train [NETWORK ...]`, trained once and kept beside the data.
 
-Fixed seeds and a fixed order of batches; the learning rate rises for a tenth of the steps and falls along a cosine. The
-hyperparameters were chosen on the validation split, and no test row was looked at before they stood.
+Fixed seeds and a fixed order of batches; the learning rate rises for a tenth of the steps and falls along a cosine. Few
+hyperparameters were tried at all, and those on the validation split.
 """
 
 from __future__ import annotations
