@@ -103,6 +103,8 @@ def measured(setting: Setting) -> Row:
     start = time.process_time()
     model, plan, facts = pruned(setting)
     row: Row = dataclasses.asdict(setting) | {"seconds": round(time.process_time() - start)} | facts
+    training = TRAINING[setting.network]
+    row["training"] = {"steps": setting.steps or training.steps, "lr": training.lr}
     row |= sizes(network, model)
     before = dense_row(setting.network)
     row |= {f"dense_{key}": before[key] for key in ("macs", "parameters", "validation", "test")}
