@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from featherweight import __version__
+from featherweight.deploy.sessions import openvino_core
 from featherweight.errors import MissingExtra, OptionError, nearest, require
 
 __all__ = ["diagnose", "need"]
@@ -137,7 +138,7 @@ def _onnxruntime(onnxruntime: Any) -> str:
 
 
 def _openvino(openvino: Any) -> str:
-    return f"{openvino.__version__.partition('-')[0]}, devices {', '.join(openvino.Core().available_devices)}"
+    return f"{openvino.__version__.partition('-')[0]}, devices {', '.join(openvino_core().available_devices)}"
 
 
 _RUNTIMES: Mapping[str, tuple[str, Callable[[Any], str]]] = {

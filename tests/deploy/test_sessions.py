@@ -154,3 +154,26 @@ print("openvino_telemetry" in sys.modules)
     environment = {key: value for key, value in os.environ.items() if key not in hidden} | {"HOME": str(tmp_path)}
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False, env=environment)
     assert (done.returncode, done.stdout) == (0, "False\n"), done.stderr
+
+
+def test_a_signal_after_openvino_is_no_crash(several) -> None:
+    """Each core sets a stack for signals and puts back the one before, which may be gone: Ctrl-C was a segmentation fault."""
+    program = f"""
+import gc, signal, time
+from featherweight.deploy import session
+from featherweight.doctor import diagnose
+diagnose()
+one, other = (session({str(several[2])!r}, "openvino") for _ in range(2))
+del one
+gc.collect()
+del other
+gc.collect()
+rung = []
+signal.signal(signal.SIGALRM, lambda *_: rung.append(1))
+signal.setitimer(signal.ITIMER_REAL, 0.05)
+time.sleep(0.2)
+print(rung)
+"""
+    command = [sys.executable, "-X", "faulthandler", "-c", program]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout) == (0, "[1]\n"), done.stderr

@@ -8,6 +8,7 @@ reports to Google Analytics, which `errors.require` prevents.
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 import re
 import textwrap
@@ -24,7 +25,7 @@ from featherweight.errors import ArtefactError, DataError, OptionError, nearest,
 from featherweight.measure import eval_copy
 from featherweight.task import describe
 
-__all__ = ["RUNTIMES", "Session", "available_runtimes", "flatten_inputs", "session", "torch_session"]
+__all__ = ["RUNTIMES", "Session", "available_runtimes", "flatten_inputs", "openvino_core", "session", "torch_session"]
 
 # Takes a forward call's arguments, gives the output's tensors in their order.
 Run = Callable[[tuple[Any, ...]], Sequence[Tensor]]
@@ -163,8 +164,15 @@ def _onnxruntime(path: Path, threads: int | None, like: Any = None) -> Session:
     return Session("onnxruntime", run, threads=threads, input_names=names, output_names=outputs, like=like)
 
 
+@functools.cache
+def openvino_core() -> Any:
+    """One for the process, never let go: a core sets a stack for signals in its thread, frees it when it goes, and puts
+    back the one that it found, which may be another core's and gone. The next signal would be a segmentation fault."""
+    return require("openvino", extra="openvino").Core()  # and not `import`: see errors.require
+
+
 def _openvino(path: Path, threads: int | None, like: Any = None) -> Session:
-    openvino = require("openvino", extra="openvino")  # and not `import`: see errors.require
+    openvino = require("openvino", extra="openvino")
     settings: dict[str, Any] = {
         "PERFORMANCE_HINT": "LATENCY",
         "INFERENCE_PRECISION_HINT": "f32",
@@ -174,7 +182,7 @@ def _openvino(path: Path, threads: int | None, like: Any = None) -> Session:
     if threads is not None:
         settings["INFERENCE_NUM_THREADS"] = threads
     try:
-        core = openvino.Core()
+        core = openvino_core()
         compiled = core.compile_model(core.read_model(str(path)), "CPU", settings)
     except Exception as error:
         raise ArtefactError(f"{path}: OpenVINO {openvino.__version__} refuses it: {_last_line(error)}") from error
