@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from featherweight.errors import ArtefactError
-from featherweight.plan import EDITS, Attribute, Factor, FakeQuant, Plan, Slice, Swap, Tie
+from featherweight.plan import EDITS, Attribute, Factor, FakeQuant, Fold, Plan, Slice, Swap, Tie
 
 NAMES = st.text(max_size=12)
 EDIT = st.one_of(
@@ -18,7 +18,8 @@ EDIT = st.one_of(
     st.builds(Factor, NAMES, st.integers()),
     st.builds(Swap, NAMES, NAMES),
     st.builds(Tie, st.lists(NAMES, max_size=3).map(tuple)),
-    st.builds(FakeQuant, NAMES, st.integers(), st.booleans()),
+    st.builds(FakeQuant, NAMES, st.integers(), st.booleans(), st.booleans()),
+    st.builds(Fold, NAMES, NAMES),
     st.builds(Attribute, NAMES, NAMES, st.integers() | st.lists(st.integers(), max_size=3).map(tuple)),
 )
 PLAN = st.builds(Plan, st.lists(EDIT, max_size=6).map(tuple), st.dictionaries(NAMES, NAMES, max_size=3))
@@ -36,6 +37,8 @@ WRITTEN = """{
   {"kind": "swap", "layer": "attention", "to": "attention"},
   {"kind": "tie", "names": ["words.weight", "head.weight"]},
   {"kind": "fake_quant", "layer": "conv", "bits": 8, "symmetric": true},
+  {"kind": "fake_quant", "layer": "fc", "bits": 8, "symmetric": false, "dynamic": true},
+  {"kind": "fold", "layer": "conv", "norm": "norm"},
   {"kind": "attribute", "layer": "attention", "name": "num_heads", "value": 3},
   {"kind": "attribute", "layer": "split", "name": "sizes", "value": [4, 2]}
  ],
@@ -48,6 +51,8 @@ READ = Plan(
         Swap("attention", "attention"),
         Tie(("words.weight", "head.weight")),
         FakeQuant("conv", 8, True),
+        FakeQuant("fc", 8, False, dynamic=True),
+        Fold("conv", "norm"),
         Attribute("attention", "num_heads", 3),
         Attribute("split", "sizes", (4, 2)),
     ),

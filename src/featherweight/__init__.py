@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from featherweight.factorize import Factorize
     from featherweight.graph import Coupling, Group, Trace, trace
     from featherweight.measure import Scorecard, count
-    from featherweight.plan import Attribute, Factor, FakeQuant, Plan, Slice, Swap, Tie
+    from featherweight.plan import Attribute, Factor, FakeQuant, Fold, Plan, Slice, Swap, Tie
     from featherweight.prune import GradualPruning, Prune
     from featherweight.prune.channels import DropBlocks, GradualChannelPruning, PruneChannels
     from featherweight.recipe import Recipe, load_recipe
@@ -44,6 +44,7 @@ __all__ = [
     "Factorize",
     "FakeQuant",
     "Features",
+    "Fold",
     "GradualChannelPruning",
     "GradualPruning",
     "Group",
@@ -87,7 +88,7 @@ _HOMES = {
     "factorize": ("Factorize",),
     "graph": ("Coupling", "Group", "Trace", "trace"),
     "measure": ("Scorecard", "count"),
-    "plan": ("Attribute", "Factor", "FakeQuant", "Plan", "Slice", "Swap", "Tie"),
+    "plan": ("Attribute", "Factor", "FakeQuant", "Fold", "Plan", "Slice", "Swap", "Tie"),
     "prune": ("GradualPruning", "Prune"),
     "prune.channels": ("DropBlocks", "GradualChannelPruning", "PruneChannels"),
     "recipe": ("Recipe", "load_recipe"),

@@ -22,6 +22,7 @@ __all__ = [
     "Edit",
     "Factor",
     "FakeQuant",
+    "Fold",
     "Plan",
     "Slice",
     "Swap",
@@ -115,7 +116,7 @@ class FakeQuant:
     """Rounds the first input of `layer` to a per-tensor grid of `bits` bits; its scale and zero point are buffers.
 
     Saves nothing by itself: it lets training and evaluation see what an integer runtime would compute. A symmetric grid
-    has its zero point at 0.
+    has its zero point at 0. With `dynamic` each call takes the grid of its own range, and the buffers are not read.
 
     >>> import torch
     >>> from featherweight import apply
@@ -129,6 +130,28 @@ class FakeQuant:
     layer: str
     bits: int
     symmetric: bool
+    dynamic: bool = False
+
+
+@dataclasses.dataclass(frozen=True)
+class Fold:
+    """Takes the BatchNorm `norm` into the conv, transposed conv or linear layer before it; an Identity stays in its place.
+
+    Saves the norm's parameters and its time, and lets integer runtimes requantize once. The layer gets a bias if it has
+    none. In evaluation the model answers as before; it is for the caller to know that `norm` reads `layer` and nothing
+    else does, as `featherweight.edits.foldable` finds out.
+
+    >>> import torch
+    >>> from featherweight import apply
+    >>> model = torch.nn.Sequential(torch.nn.Conv2d(3, 8, 3, bias=False), torch.nn.BatchNorm2d(8))
+    >>> apply(model, Fold("0", "1"))
+    >>> list(model.state_dict()), model[1]
+    (['0.weight', '0.bias'], Identity())
+    """
+
+    kind: ClassVar[str] = "fold"
+    layer: str
+    norm: str
 
 
 @dataclasses.dataclass(frozen=True)
@@ -151,7 +174,7 @@ class Attribute:
     value: int | tuple[int, ...]
 
 
-Edit = Slice | Factor | Swap | Tie | FakeQuant | Attribute
+Edit = Slice | Factor | Swap | Tie | FakeQuant | Fold | Attribute
 EDITS: dict[str, type[Edit]] = {edit.kind: edit for edit in typing.get_args(Edit)}
 
 
@@ -173,8 +196,7 @@ class Plan:
         return Plan(self.edits + other.edits, {**self.formats, **other.formats})
 
     def to_dict(self) -> dict[str, Any]:
-        edits = [{"kind": edit.kind, **dataclasses.asdict(edit)} for edit in self.edits]
-        return {"version": VERSION, "edits": edits, "formats": dict(self.formats)}
+        return {"version": VERSION, "edits": [_entry(edit) for edit in self.edits], "formats": dict(self.formats)}
 
     def to_json(self) -> str:
         return json.dumps(self.to_dict(), indent=1)
@@ -203,8 +225,16 @@ class Plan:
         return Plan.from_dict(data, where)
 
 
+def _entry(edit: Edit) -> dict[str, Any]:
+    """Fields that came later have defaults and are written only where they differ: earlier versions read what they know."""
+    said = {field.name for field in dataclasses.fields(edit) if getattr(edit, field.name) != field.default}
+    return {"kind": edit.kind, **{name: value for name, value in dataclasses.asdict(edit).items() if name in said}}
+
+
 def edit_from_dict(entry: Any, where: str) -> Edit:
-    """One edit as `plan.json` has it: its `kind` and exactly the fields of that kind. Raises `ArtefactError`.
+    """One edit as `plan.json` has it: its `kind` and the fields of that kind, those with a default if they are there.
+
+    Raises `ArtefactError`.
 
     >>> edit_from_dict({"kind": "factor", "layer": "fc", "rank": 8}, "here")
     Factor(layer='fc', rank=8)
@@ -214,7 +244,8 @@ def edit_from_dict(entry: Any, where: str) -> Edit:
         close = ", ".join(nearest(str(kind), EDITS)) or ", ".join(EDITS)
         raise ArtefactError(f"{where}: unknown kind {kind!r}; known: {close}.")
     hints = typing.get_type_hints(EDITS[kind])
-    names = [field.name for field in dataclasses.fields(EDITS[kind])]
+    fields = dataclasses.fields(EDITS[kind])
+    names = [field.name for field in fields if field.default is dataclasses.MISSING or field.name in entry]
     if set(entry) - {"kind"} != set(names):
         raise ArtefactError(
             f"{where}: {kind!r} has the keys {', '.join(names)}; got {', '.join(sorted(map(str, set(entry) - {'kind'}))) or 'none'}."

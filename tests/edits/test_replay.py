@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from featherweight.edits import apply, replay
 from featherweight.errors import EditError
-from featherweight.plan import Edit, Factor, FakeQuant, Plan, Slice, Swap, Tie
+from featherweight.plan import Edit, Factor, FakeQuant, Fold, Plan, Slice, Swap, Tie
 from tests.edits.snapshot import snapshot
 
 
@@ -49,6 +49,8 @@ KINDS: dict[str, tuple[Edit, ...]] = {
     "factor": (Factor("left", rank=3),),
     "swap": (Swap("attention", to="attention"),),
     "tie": (Tie(("left.weight", "right.weight")), Tie(("left.bias", "mix.bias"))),
+    "fold": (Fold("stem", "norm"),),
+    "dynamic": (FakeQuant("right", 8, False, dynamic=True),),
     "fake_quant": (FakeQuant("stem", 8, True), FakeQuant("right", 4, False), FakeQuant("attention", 8, True)),
 }
 KINDS["all five"] = (

@@ -6,7 +6,7 @@ from torch import nn
 
 from featherweight.edits import replay
 from featherweight.edits.undo import remember
-from featherweight.plan import Attribute, Factor, FakeQuant, Slice, Swap, Tie
+from featherweight.plan import Attribute, Factor, FakeQuant, Fold, Slice, Swap, Tie
 from tests.edits.snapshot import snapshot
 from tests.edits.test_replay import KINDS, Net
 
@@ -19,8 +19,8 @@ def test_every_kind_of_edit_is_taken_back_to_the_last_bit() -> None:
     gradients = {id(p): p.grad for p in model.parameters()}
     tied, sizes = model.head.weight, model.sizes
     before = snapshot(model)
-    edits = (*KINDS["all five"], Attribute("", "sizes", (3, 2)))
-    assert {type(edit) for edit in edits} == {Slice, Factor, Swap, Tie, FakeQuant, Attribute}
+    edits = (*KINDS["all five"], Fold("stem", "norm"), Attribute("", "sizes", (3, 2)))
+    assert {type(edit) for edit in edits} == {Slice, Factor, Swap, Tie, FakeQuant, Fold, Attribute}
     undo = remember([model])
     replay(model, edits)
     assert snapshot(model) != before

@@ -7,7 +7,8 @@
 from featherweight.edits.apply import apply, replay
 from featherweight.edits.cut import Cut, cut, refusals
 from featherweight.edits.exported import ExportedCut, cut_exported
-from featherweight.edits.fake_quant import FakeQuantize
+from featherweight.edits.fake_quant import FakeQuantize, saturation
+from featherweight.edits.fold import fold_factors, foldable
 from featherweight.edits.self_attention import SelfAttention
 from featherweight.edits.swap import SWAPS, Attention
 from featherweight.edits.verify import Verified, verify
@@ -23,7 +24,10 @@ __all__ = [
     "apply",
     "cut",
     "cut_exported",
+    "fold_factors",
+    "foldable",
     "refusals",
     "replay",
+    "saturation",
     "verify",
 ]

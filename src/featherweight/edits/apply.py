@@ -11,11 +11,12 @@ from torch import nn
 from featherweight.edits.attribute import apply_attribute
 from featherweight.edits.factor import apply_factor
 from featherweight.edits.fake_quant import apply_fake_quant
+from featherweight.edits.fold import apply_fold
 from featherweight.edits.slice import apply_slice
 from featherweight.edits.swap import apply_swap
 from featherweight.edits.tie import apply_tie
 from featherweight.errors import EditError
-from featherweight.plan import Attribute, Edit, Factor, FakeQuant, Slice, Swap, Tie
+from featherweight.plan import Attribute, Edit, Factor, FakeQuant, Fold, Slice, Swap, Tie
 
 __all__ = ["apply", "replay"]
 
@@ -25,6 +26,7 @@ _APPLY: dict[type[Edit], Callable[[nn.Module, Any], None]] = {
     Swap: apply_swap,
     Tie: apply_tie,
     FakeQuant: apply_fake_quant,
+    Fold: apply_fold,
     Attribute: apply_attribute,
 }
 

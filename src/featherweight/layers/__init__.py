@@ -1,10 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """Layers as matrices: which tensors of a model are weights, how each reads as rows x columns, the problems that they pose on data."""
 
+from featherweight.layers.calibration import Calibration, draw
 from featherweight.layers.held import Held, hold
 from featherweight.layers.kept import RULES, Selected, is_named, keep_by_name, keep_by_rule, names_of, refuse_nothing
 from featherweight.layers.order import call_order
 from featherweight.layers.problems import Problem, problems, split
+from featherweight.layers.readers import Readers, read_by
 from featherweight.layers.select import matches, select
 from featherweight.layers.statistics import Statistics, bytes_of, call_steps, collect, passes
 from featherweight.layers.tensors import fill, tensors_and_ties
@@ -13,8 +15,10 @@ from featherweight.layers.zeros import Zeros, existing_zeros, unwrap
 
 __all__ = [
     "RULES",
+    "Calibration",
     "Held",
     "Problem",
+    "Readers",
     "Selected",
     "Statistics",
     "Weight",
@@ -23,6 +27,7 @@ __all__ = [
     "call_order",
     "call_steps",
     "collect",
+    "draw",
     "existing_zeros",
     "fill",
     "from_matrix",
@@ -34,6 +39,7 @@ __all__ = [
     "names_of",
     "passes",
     "problems",
+    "read_by",
     "refuse_nothing",
     "select",
     "split",

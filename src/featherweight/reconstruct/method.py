@@ -28,10 +28,10 @@ from featherweight.layers import (
     unwrap,
     weights,
 )
+from featherweight.layers.calibration import Calibration, draw
 from featherweight.patterns import Pattern, parse_pattern
 from featherweight.plan import Plan
 from featherweight.reconstruct.answer import Want
-from featherweight.reconstruct.calibration import Calibration, draw
 from featherweight.reconstruct.shelf import Shelf
 from featherweight.reconstruct.walk import TARGETS, Solved, Walk, walk
 from featherweight.sizes import parse_bytes

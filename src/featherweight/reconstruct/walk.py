@@ -24,8 +24,8 @@ import torch
 from torch import Tensor, nn
 
 from featherweight.layers import Problem, Statistics, call_steps, collect, hold, passes, problems
+from featherweight.layers.calibration import Calibration
 from featherweight.reconstruct.answer import Answer, Want, solve
-from featherweight.reconstruct.calibration import Calibration
 from featherweight.reconstruct.shelf import Shelf
 from featherweight.reconstruct.wide import most_columns, solve_wide
 from featherweight.solvers import together

@@ -9,7 +9,7 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from featherweight.errors import DataError
-from featherweight.reconstruct.calibration import Calibration, draw, size_of
+from featherweight.layers.calibration import Calibration, draw, size_of
 from featherweight.task import Task
 
 
