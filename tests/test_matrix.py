@@ -27,18 +27,30 @@ GRADUAL = fw.GradualPruning(sparsity=0.5, begin=0, end=3, every=1, dense=())
 CHANNELS = fw.GradualChannelPruning({"parameters": "70 %"}, end=3, every=1)
 EXAMPLES: dict[str, Callable[[nn.Module], Any]] = {
     "apply": lambda model: fw.Apply([fw.FakeQuant("head", bits=8, symmetric=True)]),
+    "cluster": lambda model: fw.Cluster(8, importance="hessian", rate=0.01, samples=12),
     "factorize": lambda model: fw.Factorize(rank=2, layers=["mix" if hasattr(model, "words") else "head"]),
     "gradual_pruning": lambda model: fw.Train(steps=5, hooks=[GRADUAL]),
     "iterative": lambda model: fw.Iterative([fw.Prune(0.3, of="remaining", dense=())], {"sparsity": 0.2}, rounds=3),
+    "qat": lambda model: fw.Train(steps=4, lr=0.01, hooks=[fw.QAT(4)]),
+    "quantize": lambda model: fw.Quantize(8, activations="static", samples=12),
     "reconstruct": lambda model: fw.Reconstruct(0.5, samples=12),
     "prune": lambda model: fw.Prune(0.5, importance="gradient", dense=()),
     "train": lambda model: fw.Train(steps=3, optimizer="sgd", lr=0.01),
+    "tune_centroids": lambda model: tuned(model),
     "prune_channels": lambda model: fw.PruneChannels({"parameters": "70 %"}, importance="taylor", batch_norm=False),
     "gradual_channel_pruning": lambda model: fw.Train(steps=5, hooks=[CHANNELS]),
     "drop_blocks": lambda model: (
         fw.DropBlocks(1, layers=["block"]) if hasattr(model, "block") else pytest.skip("it has no block")
     ),
 }
+
+
+def tuned(model: nn.Module) -> fw.Train:
+    """Clusters the model first, as the recipe of a user would: centroids are read from values."""
+    fw.Cluster(4)(model, fw.Task(model, ()), fw.Stage())
+    return fw.Train(steps=4, lr=0.01, hooks=[fw.TuneCentroids()])
+
+
 SPARSE = ("gradual_pruning", "iterative", "prune", "reconstruct")
 
 
@@ -116,6 +128,11 @@ PAIRS = [
     ("prune_channels", "reconstruct"),
     ("gradual_channel_pruning", "train"),
     ("gradual_pruning", "gradual_channel_pruning"),
+    ("prune", "qat"),
+    ("qat", "qat"),
+    ("prune", "cluster"),
+    ("cluster", "tune_centroids"),
+    ("iterative", "cluster"),
 ]
 
 

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from featherweight.plan import Attribute, Factor, FakeQuant, Fold, Plan, Slice, Swap, Tie
     from featherweight.prune import GradualPruning, Prune
     from featherweight.prune.channels import DropBlocks, GradualChannelPruning, PruneChannels
+    from featherweight.quantize import QAT, Cluster, Quantize, TuneCentroids
     from featherweight.recipe import Recipe, load_recipe
     from featherweight.reconstruct import Reconstruct
     from featherweight.run import Apply, Result, compress
@@ -33,9 +34,11 @@ __all__ = [
     "CIRKD",
     "CWD",
     "KL",
+    "QAT",
     "Apply",
     "Attention",
     "Attribute",
+    "Cluster",
     "Coupling",
     "Cut",
     "Distill",
@@ -52,6 +55,7 @@ __all__ = [
     "Plan",
     "Prune",
     "PruneChannels",
+    "Quantize",
     "Recipe",
     "Reconstruct",
     "Result",
@@ -63,6 +67,7 @@ __all__ = [
     "Tie",
     "Trace",
     "Train",
+    "TuneCentroids",
     "Until",
     "Verified",
     "apply",
@@ -91,6 +96,7 @@ _HOMES = {
     "plan": ("Attribute", "Factor", "FakeQuant", "Fold", "Plan", "Slice", "Swap", "Tie"),
     "prune": ("GradualPruning", "Prune"),
     "prune.channels": ("DropBlocks", "GradualChannelPruning", "PruneChannels"),
+    "quantize": ("QAT", "Cluster", "Quantize", "TuneCentroids"),
     "recipe": ("Recipe", "load_recipe"),
     "reconstruct": ("Reconstruct",),
     "task": ("Stage", "Task"),

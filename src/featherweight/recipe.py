@@ -33,6 +33,7 @@ __all__ = ["Recipe", "load_recipe", "method_names", "methods", "to_dict", "to_to
 
 _BUILT_IN = {
     "apply": "featherweight.run:Apply",
+    "cluster": "featherweight.quantize:Cluster",
     "drop_blocks": "featherweight.prune.channels:DropBlocks",
     "factorize": "featherweight.factorize:Factorize",
     "gradual_channel_pruning": "featherweight.prune.channels:GradualChannelPruning",
@@ -40,8 +41,11 @@ _BUILT_IN = {
     "iterative": "featherweight.budget:Iterative",
     "prune": "featherweight.prune:Prune",
     "prune_channels": "featherweight.prune.channels:PruneChannels",
+    "qat": "featherweight.quantize:QAT",
+    "quantize": "featherweight.quantize:Quantize",
     "reconstruct": "featherweight.reconstruct:Reconstruct",
     "train": "featherweight.train:Train",
+    "tune_centroids": "featherweight.quantize:TuneCentroids",
 }
 _LOSSES = {
     "attention": "featherweight.distill:Attention",

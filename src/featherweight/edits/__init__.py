@@ -7,7 +7,7 @@
 from featherweight.edits.apply import apply, replay
 from featherweight.edits.cut import Cut, cut, refusals
 from featherweight.edits.exported import ExportedCut, cut_exported
-from featherweight.edits.fake_quant import FakeQuantize, saturation
+from featherweight.edits.fake_quant import FakeQuantize, Saturated, saturation
 from featherweight.edits.fold import fold_factors, foldable
 from featherweight.edits.self_attention import SelfAttention
 from featherweight.edits.swap import SWAPS, Attention
@@ -19,6 +19,7 @@ __all__ = [
     "Cut",
     "ExportedCut",
     "FakeQuantize",
+    "Saturated",
     "SelfAttention",
     "Verified",
     "apply",

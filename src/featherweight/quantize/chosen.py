@@ -1,0 +1,149 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Which weights are rounded, to what, and which layers get a grid on what they read; and why the others do not."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from featherweight.layers import Selected, Weight, is_named, keep_by_name, keep_by_rule, names_of, select, weights
+from featherweight.quantize.rounding import Rounded, Rounding
+
+if TYPE_CHECKING:
+    from featherweight.quantize.method import Quantize
+
+__all__ = ["Chosen", "choose", "reading_layers"]
+
+_DYNAMIC = ("linear", "transposed linear", "recurrent")
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Chosen:
+    """A line for every weight of the model as it was given, and by name the weights to round and how.
+
+    `sources` are the names that weights had before the model's structure changed.
+    """
+
+    lines: tuple[Selected, ...]
+    roundings: Mapping[str, tuple[Weight, Rounding]]
+    sources: Mapping[str, str] = dataclasses.field(default_factory=dict)
+
+    def renamed(self, model: nn.Module, names: Mapping[str, str]) -> Chosen:
+        """The same choice for a model in which some weights have other names: new name -> the one it had."""
+        if not names:
+            return self
+        found = {weight.name: weight for weight in weights(model)[0]}
+        old = {name: names.get(name, name) for name in found}
+        roundings = {
+            name: (weight, self.roundings[old[name]][1])
+            for name, weight in found.items()
+            if old[name] in self.roundings
+        }
+        return Chosen(self.lines, roundings, names)
+
+    def told(self, rounded: Mapping[str, Rounded]) -> Iterator[Selected]:
+        """The lines once it is known what became of each weight."""
+        became = {self.sources.get(name, name): one for name, one in rounded.items()}
+        for line in self.lines:
+            one = became.get(line.name)
+            if one is None:
+                yield line
+            else:
+                action = "kept" if not one.hint else "quantized"
+                yield dataclasses.replace(line, action=action, reason=one.reason)
+
+
+def choose(model: nn.Module, options: Quantize, example_inputs: tuple[Any, ...] | None) -> Chosen:
+    """Decides by globs and rules. Changes nothing. Raises `NothingToCompress` for a glob that matches nothing."""
+    found, left = weights(model)
+    kept = dict(left)
+    globs = {"bits": list(options.bits)} if isinstance(options.bits, Mapping) else {}
+    every = [name for weight in found for name in names_of(weight)] + list(left)
+    for option, patterns in {"layers": options.layers, "keep": options.keep, **globs}.items():
+        if every:
+            select(every, patterns, option=option)
+    keep_by_name(found, options.layers, options.keep, globs, kept)
+    if options.dense:
+        keep_by_rule(model, found, options.dense, example_inputs, kept)
+    for weight in found:
+        if weight.name not in kept and not weight.parameter.numel():
+            kept[weight.name] = "it is empty"
+    roundings = {
+        weight.name: (weight, _rounding(options, _bits_of(weight, options.bits)))
+        for weight in found
+        if weight.name not in kept
+    }
+    return Chosen(tuple(_lines(model, found, kept, roundings)), roundings)
+
+
+def _bits_of(weight: Weight, bits: int | str | Mapping[str, int | str]) -> int | str:
+    if not isinstance(bits, Mapping):
+        return bits
+    return next(bits[glob] for glob in reversed(list(bits)) if is_named(weight, [glob]))
+
+
+def _rounding(options: Quantize, bits: int | str) -> Rounding:
+    if isinstance(bits, str):
+        return Rounding(None, bits)
+    return Rounding(options.spec(bits), whole=options.per == "tensor")
+
+
+def _lines(
+    model: nn.Module,
+    found: Sequence[Weight],
+    kept: Mapping[str, str],
+    roundings: Mapping[str, tuple[Weight, Rounding]],
+) -> Iterator[Selected]:
+    known = {weight.name: weight.kind for weight in found}
+    tensors = dict(model.named_parameters(remove_duplicate=False))
+    for name in dict.fromkeys([*kept, *known]):
+        tensor = tensors[name]
+        shape = () if isinstance(tensor, nn.parameter.UninitializedParameter) else tuple(tensor.shape)
+        kind, size = known.get(name, "computed"), torch.Size(shape).numel()
+        if name in kept:
+            yield Selected(name, kind, shape, size, "kept", 0.0, kept[name])
+        else:
+            how = roundings[name][1]
+            reason = how.half if how.spec is None else f"{how.spec.bits} bits"
+            yield Selected(name, kind, shape, size, "quantized", 0.0, reason)
+
+
+def reading_layers(
+    model: nn.Module, rounded: Sequence[Weight], mode: str
+) -> tuple[dict[str, nn.Module], dict[str, str]]:
+    """The layers whose first input gets a grid, and for others whose weights are rounded why theirs stays float.
+
+    Embeddings read indices and are in neither; a layer that has a grid on its input keeps that.
+    """
+    modules = dict(model.named_modules(remove_duplicate=False))
+    layers: dict[str, nn.Module] = {}
+    floating: dict[str, str] = {}
+    for weight in rounded:
+        for name in names_of(weight):
+            layer = name.rpartition(".")[0]
+            module = modules[layer]
+            if isinstance(module, nn.Embedding | nn.EmbeddingBag) or "input_grid" in module._modules:
+                continue
+            if any(module is other for other in layers.values()):  # one module under two names
+                continue
+            if reason := _stays_float(model, module, weight, mode):
+                floating[layer] = reason
+            else:
+                layers[layer] = module
+    return layers, floating
+
+
+def _stays_float(model: nn.Module, module: nn.Module, weight: Weight, mode: str) -> str:
+    inside = any(isinstance(m, nn.MultiheadAttention) and m.out_proj is module for m in model.modules())
+    if weight.kind == "attention" or isinstance(module, nn.MultiheadAttention) or inside:
+        return "its attention could not be opened into linear layers"
+    kind = next((w.kind for w in weights(module)[0] if w.layer == ""), "bare")
+    if kind == "bare":
+        return f"a parameter of {type(module).__name__}, which uses it in its own code"
+    if mode == "dynamic" and kind not in _DYNAMIC:
+        return "dynamic grids are for linear and recurrent layers; give activations='static'"
+    return ""
