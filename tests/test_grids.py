@@ -102,7 +102,7 @@ def test_the_values_are_float32_products() -> None:
 
 
 @pytest.mark.parametrize(
-    "options", [{"bits": 1}, {"bits": 9}, {"bits": 4.0}, {"bits": 4, "chunk": 0}, {"bits": 4, "search": "max"}]
+    "options", [{"bits": 0}, {"bits": 17}, {"bits": 4.0}, {"bits": 4, "chunk": 0}, {"bits": 4, "search": "max"}]
 )
 def test_a_spec_out_of_range_is_refused(options: dict[str, object]) -> None:
     with pytest.raises(OptionError):
