@@ -1,0 +1,257 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Quantization-aware training at work on one model: weights rounded while it runs, full-precision while they are updated.
+
+An optimizer step begins by working LSQ's gradients out of those that came in, and by putting full-precision values in
+the place of the rounded ones; `step()` rounds again. Between the two the model is the full-precision one, and that is
+where another hook (a pruner) or an average of weights (EMA) should see it.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from featherweight.edits import FakeQuantize, apply
+from featherweight.errors import OptionError
+from featherweight.layers import Selected, refuse_nothing, unwrap
+from featherweight.plan import Edit, Plan
+from featherweight.quantize.learned import LearnedInput, LearnedWeight
+from featherweight.quantize.selecting import Chosen, choose
+from featherweight.task import describe
+
+if TYPE_CHECKING:
+    from featherweight.quantize.qat import QAT
+
+__all__ = ["Quantizer"]
+
+_VERSION = 1
+_NORMS = (nn.modules.batchnorm._BatchNorm,)
+
+
+class Quantizer:
+    """What `QAT.attach` gives. Call `step()` after each optimizer step, and `finalize()` at the end.
+
+    `selection` lists every weight of the model: quantized or kept, and why. `events` are what a report should say.
+    """
+
+    selection: tuple[Selected, ...]
+
+    def __init__(
+        self,
+        options: QAT,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        example_inputs: tuple[Any, ...] | None,
+    ) -> None:
+        self.options = options
+        self._optimizer = _innermost(optimizer)
+        if options.learn and isinstance(self._optimizer, torch.optim.LBFGS):
+            raise OptionError(
+                "QAT: LBFGS takes no second group of parameters for the steps; give learn=False, or another optimizer."
+            )
+        self._group = getattr(model, "process_group", None)  # DistributedDataParallel's own, if it was given one
+        model = unwrap(model)
+        chosen = choose(model, options, example_inputs)
+        self.selection, self.events = chosen.selection, [{"kind": "message", "text": text} for text in chosen.notes]
+        refuse_nothing(self.selection, "quantize")
+        # From here on nothing raises, so that what cannot be attached leaves the model as it was.
+        self._edits = self._change(model, chosen)
+        self._weights = [LearnedWeight(w, bits, options.per, options.start) for w, bits in chosen.weights]
+        self._inputs = [
+            LearnedInput(
+                layer, _grid(model, layer), options.start, known=layer not in chosen.new_grids, group=self._group
+            )
+            for layer in chosen.grids
+        ]
+        self._step, self._open, self._finalized = 0, False, False
+        self._norms = [m for m in model.modules() if isinstance(m, _NORMS)] if options.freeze_norms is not None else []
+        self._hooks = [norm.register_forward_pre_hook(self._frozen()) for norm in self._norms]
+        self._hooks.append(self._optimizer.register_step_pre_hook(self._before))
+        self._learn()
+        for weight in self._weights:
+            weight.round()
+
+    def _change(self, model: nn.Module, chosen: Chosen) -> tuple[Edit, ...]:
+        """Folds norms, places grids, and tells the optimizer of the biases that folding made."""
+        known = {id(parameter) for parameter in model.parameters()}
+        for edit in chosen.edits:
+            apply(model, edit)
+        new = [p for p in model.parameters() if id(p) not in known and p.requires_grad]
+        if new:
+            self._optimizer.add_param_group({**_like(self._optimizer), "params": new})
+        return chosen.edits
+
+    def _learn(self) -> None:
+        """Gives the optimizer what is learned, without weight decay, at its own rate times `step_lr`."""
+        learned = [*(w.factor for w in self._weights), *itertools.chain(*(x.learned for x in self._inputs))]
+        for parameter in learned:
+            parameter.requires_grad_(self.options.learn)
+        if self.options.learn:
+            group = _like(self._optimizer)
+            self._optimizer.add_param_group(
+                {
+                    "params": learned,
+                    "lr": group["lr"] * self.options.step_lr,
+                    **({"weight_decay": 0.0} if "weight_decay" in group else {}),
+                }
+            )
+
+    def _frozen(self) -> Callable[[nn.Module, Any], None]:
+        after = self.options.freeze_norms
+
+        def freeze(norm: nn.Module, args: Any) -> None:
+            if after is not None and self._step >= after:
+                norm.training = False
+
+        return freeze
+
+    def step(self) -> dict[str, Any]:
+        """To be called after each `optimizer.step()`, and after other hooks: the model is rounded from here on.
+
+        Returns `bits`, the mean over the weights that are quantized.
+        """
+        self._refuse_finalized()
+        self._close()
+        self._step += 1
+        sizes = [weight.parameter.numel() for weight in self._weights]
+        return {"bits": sum(w.bits * n for w, n in zip(self._weights, sizes, strict=True)) / sum(sizes)}
+
+    def finalize(self) -> Plan:
+        """Lets go of the model, whose weights stay on their grids as plain numbers, and returns the plan: its edits."""
+        if not self._finalized:
+            self._close()
+            for hook in self._hooks:
+                hook.remove()
+            for grid in self._inputs:
+                grid.release()
+            self._finalized = True
+        return Plan(self._edits)
+
+    def state_dict(self) -> dict[str, Any]:
+        """All that resuming needs, as nested dicts of tensors, numbers and strings. Not the options."""
+        return {
+            "version": _VERSION,
+            "step": self._step,
+            "weights": {weight.name: weight.state_dict() for weight in self._weights},
+            "inputs": {grid.layer: grid.state_dict() for grid in self._inputs},
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Goes on from what `state_dict` gave, to the last bit; the model and the optimizer are restored by you.
+
+        Raises `OptionError` where the state is of other layers or shapes; nothing is changed then.
+        """
+        self._refuse_finalized()
+        self._check_state(state)
+        self._step, self._open = int(state["step"]), False
+        for weight in self._weights:
+            weight.load_state_dict(state["weights"][weight.name])
+            weight.round()
+        for grid in self._inputs:
+            grid.load_state_dict(state["inputs"][grid.layer])
+
+    def _check_state(self, state: Mapping[str, Any]) -> None:
+        if state.get("version") != _VERSION:
+            raise OptionError(
+                f"The saved state of QAT has version {state.get('version')!r}; this one reads {_VERSION}."
+            )
+        for part, own in (("weights", [w.name for w in self._weights]), ("inputs", [x.layer for x in self._inputs])):
+            if different := sorted(set(state[part]) ^ set(own)):
+                raise OptionError(
+                    f"The saved state of QAT is of other {part} (different: {', '.join(different[:5])}). Attach with the "
+                    "options of the run that saved it."
+                )
+        for weight in self._weights:
+            saved = state["weights"][weight.name]
+            if saved["full"].shape != weight.full.shape or saved["start"].shape != weight.start.shape:
+                raise OptionError(
+                    f"The saved state of {weight.name} is {describe(saved['full'])} with {saved['start'].numel()} steps; "
+                    f"the model's is {describe(weight.full)} with {weight.start.numel()}."
+                )
+
+    def _refuse_finalized(self) -> None:
+        if self._finalized:
+            raise OptionError(
+                "This quantization has been finalized and acts on nothing any more; attach again to go on."
+            )
+
+    def _close(self) -> None:
+        """From full precision to rounded, where an optimizer step was taken (a loss scaler may have skipped it)."""
+        if not self._open:
+            return
+        for weight in self._weights:
+            weight.take_over()
+            weight.round()
+        for grid in self._inputs:
+            grid.write()
+        self._open = False
+
+    def _before(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> tuple[Any, Any] | None:
+        """Before an optimizer step: gradients are final here, unscaled by a loss scaler and reduced over processes."""
+        if self._open:
+            raise OptionError(
+                "QAT: optimizer.step() was called twice without step() of the hook in between, so that the model ran with "
+                "weights that were not rounded. Call it after each optimizer.step()."
+            )
+        closure = args[1] if len(args) > 1 else kwargs.get("closure")
+        if closure is None:
+            self._give(differentiate=True)
+            return None
+        self._give(differentiate=False)
+
+        def rounded() -> Any:
+            self._close()
+            loss = closure()
+            self._give(differentiate=True)
+            return loss
+
+        return (args[0], rounded, *args[2:]) if len(args) > 1 else args, (
+            kwargs if len(args) > 1 else {**kwargs, "closure": rounded}
+        )
+
+    def _give(self, differentiate: bool) -> None:
+        for weight in self._weights:
+            weight.give(differentiate)
+        if differentiate:
+            _share([p for grid in self._inputs for p in grid.learned], self._group)
+        self._open = True
+
+
+def _grid(model: nn.Module, layer: str) -> FakeQuantize:
+    grid = model.get_submodule(f"{layer}.input_grid" if layer else "input_grid")
+    if not isinstance(grid, FakeQuantize):
+        raise OptionError(f"{layer}.input_grid is {describe(grid)}, which is not ours and cannot be learned.")
+    return grid
+
+
+def _like(optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+    """The options of the optimizer's first group, where its rates start from."""
+    return {key: value for key, value in optimizer.param_groups[0].items() if key not in ("params", "initial_lr")}
+
+
+def _share(parameters: list[nn.Parameter], group: Any) -> None:
+    """The mean of gradients over the ranks of a distributed run: what the model's wrapper does not know of."""
+    if not (dist.is_available() and dist.is_initialized() and (world := dist.get_world_size(group)) > 1):
+        return
+    for parameter in parameters:
+        if parameter.grad is None:
+            parameter.grad = torch.zeros_like(parameter)
+        dist.all_reduce(parameter.grad, group=group)
+        parameter.grad.div_(world)
+
+
+def _innermost(optimizer: Any) -> torch.optim.Optimizer:
+    """torch's own optimizer inside wrappers that keep it as `.optimizer`, as accelerate's and Lightning's do."""
+    while isinstance(inner := getattr(optimizer, "optimizer", None), torch.optim.Optimizer):
+        optimizer = inner
+    if not isinstance(optimizer, torch.optim.Optimizer):
+        raise OptionError(
+            f"QAT trains full-precision weights behind rounded ones, in the optimizer's own steps: attach(model, optimizer); "
+            f"got {describe(optimizer)}."
+        )
+    return optimizer
