@@ -18,7 +18,7 @@ from featherweight.errors import OptionError, check_whole, check_word
 from featherweight.layers import RULES, Selected, unwrap
 from featherweight.quantize.learned import STARTS
 from featherweight.quantize.quantizer import Quantizer
-from featherweight.quantize.selecting import choose
+from featherweight.quantize.selecting import choose_weights
 
 __all__ = ["QAT"]
 
@@ -35,9 +35,10 @@ class QAT:
 
     - bits: 2 to 8, or `{glob: bits}` (a later glob overrides an earlier one), of the weights. Grids are symmetric.
     - per: a step for each output channel (`row`) or one for the whole `tensor`.
-    - activation_bits: of the first inputs of linear, conv and transposed conv layers, per tensor; None leaves them float.
-      Not covered: additions, concatenations, pooling and outputs, whose grids are placed on the exported graph; recurrent
-      states, and attention that torch fuses. Grids that are there already go on from their values.
+    - activation_bits: of the first inputs of layers whose weights are quantized, per tensor; None leaves them float. Not
+      covered: additions, concatenations, pooling and outputs, whose grids are placed on the exported graph; recurrent
+      states; and attention that torch fuses, unless `Apply([Swap(layer, to="attention")])` opened it. Static grids that
+      are there already go on from their values.
     - fold: BatchNorm goes into the layer before it first, since a runtime's grids are those of folded weights.
     - start: where steps begin: `mse` (least error), or `lsq`, 2 mean|v|/√Qp. A weight that is on a grid of as many bits
       begins there, so that training goes on from a `Quantize` or `Reconstruct` stage.
@@ -119,7 +120,7 @@ class QAT:
         0.weight | quantized | 4 bits
         2.weight | kept | keep='2' names it
         """
-        return choose(unwrap(model), self, example_inputs).selection
+        return choose_weights(unwrap(model), self, example_inputs)[1]
 
 
 def _check_bits(me: str, option: str, bits: object) -> None:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 import torch.distributed as dist
@@ -18,10 +18,14 @@ from torch import nn
 
 from featherweight.edits import FakeQuantize, apply
 from featherweight.errors import OptionError
-from featherweight.layers import Selected, refuse_nothing, unwrap
-from featherweight.plan import Edit, Plan
+from featherweight.grids import GridSpec
+from featherweight.layers import Selected, Weight, names_of, refuse_nothing, unwrap
+from featherweight.plan import Edit, FakeQuant, Plan
+from featherweight.quantize.chosen import Chosen, reading_layers
 from featherweight.quantize.learned import LearnedInput, LearnedWeight
-from featherweight.quantize.selecting import Chosen, choose
+from featherweight.quantize.prepare import fold_norms
+from featherweight.quantize.rounding import Rounding
+from featherweight.quantize.selecting import Bits, choose_weights
 from featherweight.task import describe
 
 if TYPE_CHECKING:
@@ -30,6 +34,10 @@ if TYPE_CHECKING:
 __all__ = ["Quantizer"]
 
 _VERSION = 1
+_BETWEEN = (
+    "additions, concatenations, pooling, recurrent states and outputs stay float here; export places the grids of such "
+    "edges on the graph, from ranges recorded there"
+)
 _NORMS = (nn.modules.batchnorm._BatchNorm,)
 
 
@@ -56,18 +64,21 @@ class Quantizer:
             )
         self._group = getattr(model, "process_group", None)  # DistributedDataParallel's own, if it was given one
         model = unwrap(model)
-        chosen = choose(model, options, example_inputs)
-        self.selection, self.events = chosen.selection, [{"kind": "message", "text": text} for text in chosen.notes]
+        chosen, self.selection = choose_weights(model, options, example_inputs)
         refuse_nothing(self.selection, "quantize")
-        # From here on nothing raises, so that what cannot be attached leaves the model as it was.
-        self._edits = self._change(model, chosen)
-        self._weights = [LearnedWeight(w, bits, options.per, options.start) for w, bits in chosen.weights]
+        self.events: list[dict[str, Any]] = []
+        # Folding looks before it changes anything; from there on nothing raises, so that what cannot be attached leaves the
+        # model as it was.
+        there = {id(parameter) for parameter in model.parameters()}
+        self._edits = self._fold(model, chosen, example_inputs)
+        grids = self._place(model, [weight for weight, _ in chosen])
+        self._weights = [LearnedWeight(w, bits, options.per, options.start) for w, bits in chosen]
         self._inputs = [
-            LearnedInput(
-                layer, _grid(model, layer), options.start, known=layer not in chosen.new_grids, group=self._group
-            )
-            for layer in chosen.grids
+            LearnedInput(layer, grid, options.start, known, self._group) for layer, (grid, known) in grids.items()
         ]
+        new = [p for p in model.parameters() if id(p) not in there and p.requires_grad]
+        if new:  # the biases that folding made
+            self._optimizer.add_param_group({**_like(self._optimizer), "params": new})
         self._step, self._open, self._finalized = 0, False, False
         self._norms = [m for m in model.modules() if isinstance(m, _NORMS)] if options.freeze_norms is not None else []
         self._hooks = [norm.register_forward_pre_hook(self._frozen()) for norm in self._norms]
@@ -76,15 +87,56 @@ class Quantizer:
         for weight in self._weights:
             weight.round()
 
-    def _change(self, model: nn.Module, chosen: Chosen) -> tuple[Edit, ...]:
-        """Folds norms, places grids, and tells the optimizer of the biases that folding made."""
-        known = {id(parameter) for parameter in model.parameters()}
-        for edit in chosen.edits:
+    def _tell(self, text: str) -> None:
+        self.events.append({"kind": "message", "text": text})
+
+    def _fold(self, model: nn.Module, chosen: Bits, example_inputs: tuple[Any, ...] | None) -> list[Edit]:
+        """Folds norms into layers whose weights are quantized; those are the weights that an integer runtime has."""
+        if not self.options.fold or not any(isinstance(module, _NORMS) for module in model.modules()):
+            return []
+        if example_inputs is None:
+            self._tell(
+                "BatchNorm was not folded: which layer each follows is seen in a forward. Give attach(..., example_inputs)."
+            )
+            return []
+        roundings = {weight.name: (weight, Rounding(GridSpec(bits, symmetric=True))) for weight, bits in chosen}
+        edits, notes = fold_norms(model, example_inputs, Chosen((), roundings))
+        for note in notes:
+            self._tell(note)
+        return edits
+
+    def _place(self, model: nn.Module, chosen: list[Weight]) -> dict[str, tuple[FakeQuantize, bool]]:
+        """The grids on what layers read, by layer, and whether each was there before; new ones are edits."""
+        o = self.options
+        if o.activation_bits is None:
+            self._tell(
+                "Weights alone are quantized; all activations stay float (activation_bits=8 trains with them too)."
+            )
+            return {}
+        layers, floating = reading_layers(model, chosen, "static")
+        named = {name.rpartition(".")[0] for weight in chosen for name in names_of(weight)}
+        grids = {
+            layer: (grid, True)
+            for layer, module in model.named_modules()
+            if layer in named
+            and isinstance(grid := module._modules.get("input_grid"), FakeQuantize)
+            and not grid.dynamic
+        }
+        for layer, module in layers.items():
+            edit = FakeQuant(layer, o.activation_bits, o.activation_symmetric)
             apply(model, edit)
-        new = [p for p in model.parameters() if id(p) not in known and p.requires_grad]
-        if new:
-            self._optimizer.add_param_group({**_like(self._optimizer), "params": new})
-        return chosen.edits
+            self._edits.append(edit)
+            grids[layer] = cast(FakeQuantize, module.input_grid), False
+        what = "1 layer's input is" if len(grids) == 1 else f"{len(grids)} layers' inputs are"
+        self._tell(f"{what} on a grid while training; {_BETWEEN}.")
+        for layer, reason in list(floating.items())[:5]:
+            self._tell(f"{layer or 'The model'}: what it reads stays float: {reason}.")
+        if len(floating) > 5:
+            self._tell(f"... and what {len(floating) - 5} more layers read.")
+        fused = [weight.layer for weight in chosen if weight.kind == "attention"]
+        if fused:
+            self._tell(f"Attention is opened by a stage before this one: Apply([Swap({fused[0]!r}, to='attention')]).")
+        return grids
 
     def _learn(self) -> None:
         """Gives the optimizer what is learned, without weight decay, at its own rate times `step_lr`."""
@@ -130,7 +182,7 @@ class Quantizer:
             for grid in self._inputs:
                 grid.release()
             self._finalized = True
-        return Plan(self._edits)
+        return Plan(tuple(self._edits))
 
     def state_dict(self) -> dict[str, Any]:
         """All that resuming needs, as nested dicts of tensors, numbers and strings. Not the options."""
@@ -220,13 +272,6 @@ class Quantizer:
         if differentiate:
             _share([p for grid in self._inputs for p in grid.learned], self._group)
         self._open = True
-
-
-def _grid(model: nn.Module, layer: str) -> FakeQuantize:
-    grid = model.get_submodule(f"{layer}.input_grid" if layer else "input_grid")
-    if not isinstance(grid, FakeQuantize):
-        raise OptionError(f"{layer}.input_grid is {describe(grid)}, which is not ours and cannot be learned.")
-    return grid
 
 
 def _like(optimizer: torch.optim.Optimizer) -> dict[str, Any]:
