@@ -31,6 +31,7 @@ EXAMPLES: dict[str, Callable[[nn.Module], Any]] = {
     "factorize": lambda model: fw.Factorize(rank=2, layers=["mix" if hasattr(model, "words") else "head"]),
     "gradual_pruning": lambda model: fw.Train(steps=5, hooks=[GRADUAL]),
     "iterative": lambda model: fw.Iterative([fw.Prune(0.3, of="remaining", dense=())], {"sparsity": 0.2}, rounds=3),
+    "mixed_quantize": lambda model: fw.MixedQuantize(4, bits=(8, 4, 2)),
     "qat": lambda model: fw.Train(steps=4, lr=0.01, hooks=[fw.QAT(4)]),
     "quantize": lambda model: fw.Quantize(8, activations="static", samples=12),
     "reconstruct": lambda model: fw.Reconstruct(0.5, samples=12),

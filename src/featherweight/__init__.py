@@ -21,7 +21,16 @@ if TYPE_CHECKING:
     from featherweight.plan import Attribute, Factor, FakeQuant, Fold, Plan, Slice, Swap, Tie
     from featherweight.prune import GradualPruning, Prune
     from featherweight.prune.channels import DropBlocks, GradualChannelPruning, PruneChannels
-    from featherweight.quantize import QAT, Cluster, Quantize, TuneCentroids
+    from featherweight.quantize import (
+        QAT,
+        Cluster,
+        MixedQuantize,
+        Quantize,
+        Sensitivity,
+        TuneCentroids,
+        mixed_bits,
+        sensitivity,
+    )
     from featherweight.recipe import Recipe, load_recipe
     from featherweight.reconstruct import Reconstruct
     from featherweight.run import Apply, Result, compress
@@ -52,6 +61,7 @@ __all__ = [
     "GradualPruning",
     "Group",
     "Iterative",
+    "MixedQuantize",
     "Plan",
     "Prune",
     "PruneChannels",
@@ -60,6 +70,7 @@ __all__ = [
     "Reconstruct",
     "Result",
     "Scorecard",
+    "Sensitivity",
     "Slice",
     "Stage",
     "Swap",
@@ -78,7 +89,9 @@ __all__ = [
     "export_onnx",
     "load",
     "load_recipe",
+    "mixed_bits",
     "save",
+    "sensitivity",
     "trace",
     "verify",
 ]
@@ -96,7 +109,16 @@ _HOMES = {
     "plan": ("Attribute", "Factor", "FakeQuant", "Fold", "Plan", "Slice", "Swap", "Tie"),
     "prune": ("GradualPruning", "Prune"),
     "prune.channels": ("DropBlocks", "GradualChannelPruning", "PruneChannels"),
-    "quantize": ("QAT", "Cluster", "Quantize", "TuneCentroids"),
+    "quantize": (
+        "QAT",
+        "Cluster",
+        "MixedQuantize",
+        "Quantize",
+        "Sensitivity",
+        "TuneCentroids",
+        "mixed_bits",
+        "sensitivity",
+    ),
     "recipe": ("Recipe", "load_recipe"),
     "reconstruct": ("Reconstruct",),
     "task": ("Stage", "Task"),

@@ -39,6 +39,7 @@ _BUILT_IN = {
     "gradual_channel_pruning": "featherweight.prune.channels:GradualChannelPruning",
     "gradual_pruning": "featherweight.prune:GradualPruning",
     "iterative": "featherweight.budget:Iterative",
+    "mixed_quantize": "featherweight.quantize:MixedQuantize",
     "prune": "featherweight.prune:Prune",
     "prune_channels": "featherweight.prune.channels:PruneChannels",
     "qat": "featherweight.quantize:QAT",
