@@ -21,7 +21,7 @@ import os
 import re
 import tempfile
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, cast
 
@@ -30,8 +30,11 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten_with_path, tree_leaves, tree_map, tree_map_only
 
 from featherweight.deploy.failures import explain, is_data_dependent, lacks_an_op, reason
+from featherweight.deploy.markers import Marks, mark
 from featherweight.deploy.parity import parity
+from featherweight.deploy.qdq import Integers, in_integers, with_edges
 from featherweight.deploy.sessions import flatten_inputs, sort_keys
+from featherweight.deploy.weights import wants_blocks_or_int4
 from featherweight.errors import ArtefactError, ExportError, FeatherweightError, OptionError, ParityError, require
 from featherweight.layers import unwrap
 from featherweight.measure import eval_copy, run_once
@@ -64,6 +67,7 @@ class Export:
     notes: tuple[str, ...]
     input_names: tuple[str, ...]
     output_names: tuple[str, ...]
+    integers: Integers
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-able, paths as text."""
@@ -77,12 +81,19 @@ def export_onnx(
     *,
     opset: int = 18,
     dynamic_batch: bool = True,
+    calibration: Iterable[Any] | None = None,
 ) -> Export:
     """Writes the model, in eval mode, as an ONNX file, checked in ONNX Runtime before it takes its name.
 
     Saves neither bytes nor time by itself: weights are stored dense, zeros and all. With `dynamic_batch` axis 0 is
     "batch" in every tensor whose axis 0 is as long as the first one's; a model that fixes it is exported with the
     example's batch, and `notes` says so. What is not a tensor in the inputs becomes a constant. The model stays as it is.
+
+    A quantized model becomes a QDQ file: weights that lie on a grid of 8 bits or fewer are stored as integers (int4 at
+    opset 21 where 4 bits hold them and nothing multiplies them as int8), grids on layers' inputs are QuantizeLinear and
+    DequantizeLinear. With `calibration` (batches of the model's arguments, a target behind them or not) sums,
+    concatenations, pooling and outputs of convolutions get grids as well, from the ranges that they take on it: without
+    these, runtimes compute residual networks largely in floating point. See docs/integers.md.
 
     Raises `ExportError` with the cause and the line of the model's code, `ParityError` if no file could be made that
     answers as the model does, `ArtefactError` if the file cannot be written; in each case nothing is left behind.
@@ -101,7 +112,7 @@ def export_onnx(
     for package in ("onnx", "onnxscript"):
         require(package, extra="onnx")
     path = Path(path)
-    job = _job(unwrap(model), example_inputs, opset)
+    job = _job(unwrap(model), example_inputs, opset, calibration)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.") as folder:
@@ -115,9 +126,13 @@ def export_onnx(
 
 @dataclasses.dataclass(frozen=True)
 class _Job:
-    """All that an attempt needs: the copy to trace, its inputs, and the names to write."""
+    """All that an attempt needs: the model to answer as, the copy to trace, its inputs, and the names to write."""
 
     model: nn.Module
+    traced: nn.Module
+    marks: Marks
+    parameters: Mapping[str, Tensor]
+    calibration: Iterable[Any] | None
     inputs: tuple[Any, ...]
     opset: int
     input_names: tuple[str, ...]
@@ -132,10 +147,12 @@ class _Made:
     file: Path
     exporter: str
     notes: tuple[str, ...]
+    integers: Integers
 
 
-def _job(model: nn.Module, example_inputs: tuple[Any, ...], opset: int) -> _Job:
-    twin = eval_copy(model)
+def _job(model: nn.Module, example_inputs: tuple[Any, ...], opset: int, calibration: Iterable[Any] | None) -> _Job:
+    twin, traced = eval_copy(model), eval_copy(model)
+    marks, parameters = mark(traced), dict(model.named_parameters())
     inputs = sort_keys(tree_map_only(Tensor, lambda t: t.detach().clone(), example_inputs))
     output = run_once(twin, inputs)
     arguments = dict(inspect.signature(twin.forward).bind(*inputs).arguments)
@@ -144,7 +161,7 @@ def _job(model: nn.Module, example_inputs: tuple[Any, ...], opset: int) -> _Job:
     if not output_names:
         raise ExportError(f"{type(model).__name__} gives {describe(output)}, no tensor: there is nothing to export.")
     if any(not isinstance(leaf, Tensor) for leaf in tree_leaves(output)):
-        twin, arguments = _TensorsOnly(twin), {"inputs": inputs}
+        twin, traced, arguments = _TensorsOnly(twin), _TensorsOnly(traced), {"inputs": inputs}
     sizes = [leaf.shape[0] if leaf.ndim else None for leaf in flatten_inputs(inputs)]
     batch = next((size for size in sizes if size is not None), None)
     notes = [
@@ -158,8 +175,12 @@ def _job(model: nn.Module, example_inputs: tuple[Any, ...], opset: int) -> _Job:
 
     return _Job(
         model=twin,
+        traced=traced,
+        marks=marks,
+        parameters=parameters,
+        calibration=calibration,
         inputs=inputs,
-        opset=opset,
+        opset=max(opset, 21) if wants_blocks_or_int4(parameters.values(), weights_only=not marks.any) else opset,
         input_names=input_names,
         output_names=output_names,
         shapes={name: tree_map(shape, value) for name, value in arguments.items()},
@@ -204,7 +225,7 @@ def _first_that_agrees(job: _Job, folder: Path, name: str, dynamic_batch: bool) 
         file.parent.mkdir()
         attempt = f"{exporter} with a {'dynamic' if dynamic else 'fixed'} batch"
         try:
-            _write(job, file, exporter, dynamic)
+            integers = _write(job, file, exporter, dynamic)
         except OSError:
             raise
         except Exception as error:
@@ -218,14 +239,14 @@ def _first_that_agrees(job: _Job, folder: Path, name: str, dynamic_batch: bool) 
             notes.append("The batch is fixed: the model's own code, a reshape to a constant say, sets it.")
         if importlib.util.find_spec("onnxruntime") is None:
             notes.append('Not checked: onnxruntime is not installed. Run: pip install "featherweight[onnx]"')
-            return _Made(file, exporter, tuple(notes))
+            return _Made(file, exporter, tuple(notes), integers)
         words = _disagreement(job, file, [job.inputs])
         if words:
             wrong.add(exporter)
         elif dynamic:
             words = _disagreement(job, file, [_larger_batch(job)])
         if not words:
-            return _Made(file, exporter, tuple(notes))
+            return _with_edges(job, _Made(file, exporter, tuple(notes), integers))
         failures[exporter, dynamic] = ParityError(words)
         notes.append(f"{attempt} was not kept: {words}.")
     # The plain attempt with the example's own batch asks for least, so its failure says most.
@@ -238,10 +259,33 @@ def _first_that_agrees(job: _Job, folder: Path, name: str, dynamic_batch: bool) 
     raise ExportError(f"No ONNX file was written: {failure}")
 
 
-def _write(job: _Job, file: Path, exporter: str, dynamic: bool) -> None:
+def _with_edges(job: _Job, made: _Made) -> _Made:
+    """The same with grids between its layers, if there is data to take their ranges from."""
+    if not job.marks.static:
+        return made
+    if job.calibration is None:
+        note = (
+            "Grids are on the inputs of layers alone: sums, concatenations, pooling and outputs of convolutions have none, "
+            "so that runtimes compute much in floating point. Give calibration, some batches of data."
+        )
+        return dataclasses.replace(made, notes=(*made.notes, note))
+    folder = made.file.parent.with_name("edges")
+    folder.mkdir()
+    scratch = made.file.parent.with_name("ranges")
+    scratch.mkdir()
+    file = folder / made.file.name
+    new = with_edges(made.file, job.calibration, file, scratch)
+    words = _disagreement(job, file, [job.inputs])
+    if words:
+        note = f"Grids between layers were left out: with them, {words}."
+        return dataclasses.replace(made, notes=(*made.notes, note))
+    return dataclasses.replace(made, file=file, integers=dataclasses.replace(made.integers, edges=new))
+
+
+def _write(job: _Job, file: Path, exporter: str, dynamic: bool) -> Integers:
     onnx = require("onnx", extra="onnx")
 
-    model: Any = job.model
+    model: Any = job.traced
     with _quiet():
         if exporter == _DECOMPOSED:
             # Names of axes are given to the ONNX file below; torch.export finds by itself which can vary.
@@ -263,9 +307,11 @@ def _write(job: _Job, file: Path, exporter: str, dynamic: bool) -> None:
         )
         written = cast(Any, program).model
         _strip(written)
+        integers = in_integers(written, job.parameters, int4=written.opset_imports[""] >= 21)
         weights = sum(value.const_value.nbytes for value in written.graph.initializers.values())
         cast(Any, program).save(str(file), external_data=weights > _ONE_FILE_BYTES)
         onnx.checker.check_model(str(file))
+    return integers
 
 
 def _is_axes(value: Any) -> bool:
@@ -327,7 +373,7 @@ def _publish(job: _Job, made: _Made, path: Path) -> Export:
     """Reads what was written, then gives the files their names: the weights first, so that the graph never lacks them."""
     proto, dynamic = _facts(made.file)
     opset = next(entry.version for entry in proto.opset_import if entry.domain in ("", "ai.onnx"))
-    notes = list(made.notes)
+    notes = [*made.notes, *made.integers.notes]
     if made.exporter == _DECOMPOSED:
         notes.append("Layers are written as plain ops, recurrent ones step by step: the length of sequences is fixed.")
     if opset != job.opset:
@@ -348,4 +394,5 @@ def _publish(job: _Job, made: _Made, path: Path) -> Export:
         notes=tuple(notes),
         input_names=tuple(value.name for value in proto.graph.input),
         output_names=tuple(value.name for value in proto.graph.output),
+        integers=made.integers,
     )

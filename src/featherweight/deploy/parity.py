@@ -3,6 +3,10 @@
 
 An exporter that ends without an error has proved nothing: files that load, run and are wrong have been shipped. So each
 export is followed by this check, and what fails it is not delivered.
+
+A model with grids on its activations is judged in steps. Two runtimes add in different orders, the last bit of a sum decides
+to which of two neighbours it is rounded, and the next layers carry that on; so no tolerance of float32 fits. The unit is one
+step of an 8-bit grid over the output's own range.
 """
 
 from __future__ import annotations
@@ -17,6 +21,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map_only
 
+from featherweight.deploy.markers import has_grids
 from featherweight.deploy.sessions import Session, session
 from featherweight.errors import FeatherweightError, ParityError
 from featherweight.measure import eval_copy, run_once
@@ -34,6 +39,11 @@ class Parity:
     `max_rel_diff` is the largest difference over the largest value of the same output. `argmax_agreement` is the share
     of predictions that agree (over classes: axis 1 of maps and of (n, classes), the last axis of sequences), None where
     the first output has no classes; values that tie within the tolerance agree. NaN anywhere is a failure.
+
+    For a model with grids on its activations a step is a 255th of an output's range (zero included) over all inputs:
+    `steps` is the root mean square of the differences in steps, of the worst output, and must be 1 or less;
+    `largest_steps` the largest difference, `within_one_step` the share of values that differ by one step or less. None
+    for other models.
     """
 
     max_abs_diff: float
@@ -43,6 +53,9 @@ class Parity:
     tolerance: float
     passed: bool
     words: str
+    steps: float | None = None
+    largest_steps: float | None = None
+    within_one_step: float | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-able: a difference that is not a number is None."""
@@ -73,6 +86,7 @@ def parity(
     except FeatherweightError as error:
         return _failed(str(error), 0, tolerance)
     worst = _Worst()
+    steps = _Steps() if has_grids(model) else None
     agreements: list[Tensor] = []
     for number, example in enumerate(inputs):
         try:
@@ -84,10 +98,14 @@ def parity(
             return _failed(f"the model has {len(expected)} outputs, the file {len(got)}", number, tolerance)
         for name, want, have in zip(deployed.output_names, expected, got, strict=True):
             reason = worst.add(name, want, have)
+            if steps is not None and not reason:
+                steps.add(name, want, have)
             if reason:
                 return _failed(f"input {number}: {reason}", number, tolerance)
         agreements += [_agreement(expected[0], got[0], tolerance)] if expected and _has_classes(expected[0]) else []
     agreement = float(torch.cat(agreements).double().mean()) if agreements else None
+    if steps is not None:
+        return _judge_steps(worst, steps, agreement, len(inputs), deployed)
     return _judge(worst, agreement, len(inputs), tolerance, deployed)
 
 
@@ -175,6 +193,46 @@ class _Worst:
             self.relative, self.output = relative, name
         self.absolute = max(self.absolute, difference)
         return ""
+
+
+class _Steps:
+    """Differences of each output, kept until its range over all inputs is known."""
+
+    def __init__(self) -> None:
+        self.wanted: dict[str, list[Tensor]] = {}
+        self.differences: dict[str, list[Tensor]] = {}
+
+    def add(self, name: str, want: Tensor, have: Tensor) -> None:
+        if want.is_floating_point() and want.numel():
+            self.wanted.setdefault(name, []).append(want.double().cpu().reshape(-1))
+            self.differences.setdefault(name, []).append((want - have.to(want.device)).double().abs().cpu().reshape(-1))
+
+    def of(self, name: str) -> Tensor:
+        want, differences = torch.cat(self.wanted[name]), torch.cat(self.differences[name])
+        finite = want[want.isfinite()]
+        range_ = float(finite.amax().clamp_min(0) - finite.amin().clamp_max(0)) if finite.numel() else 0.0
+        return differences * (255 / range_ if range_ > 0 else 1.0)
+
+
+def _judge_steps(worst: _Worst, steps: _Steps, agreement: float | None, n: int, deployed: Session) -> Parity:
+    """By the root mean square of the worst output: single values may be rounded the other way in several layers."""
+    mean, largest, within, output = 0.0, 0.0, 1.0, ""
+    for name in steps.wanted:
+        differences = steps.of(name)
+        rms = float(differences.square().mean().sqrt())
+        if rms >= mean:
+            mean, output = rms, name
+        largest = max(largest, float(differences.max()))
+        within = min(within, float((differences <= 1).double().mean()))
+    passed = mean <= 1 and not worst.unequal
+    at = f" at output {output}" if output and len(deployed.output_names) > 1 else ""
+    words = worst.unequal or (
+        f"differences of {mean:.2g} steps of an 8-bit grid (root mean square{at}), {largest:.2g} at most, "
+        f"{100 * within:.4g} % of values within one step, on {n} inputs in {deployed.name}"
+    )
+    if agreement is not None:
+        words += f"; argmax agrees on {100 * agreement:.4g} %"
+    return Parity(worst.absolute, worst.relative, agreement, n, 1 / 255, passed, words, mean, largest, within)
 
 
 def _judge(worst: _Worst, agreement: float | None, n: int, tolerance: float, deployed: Session) -> Parity:

@@ -102,14 +102,14 @@ def code(tensors: Mapping[str, Tensor], hints: Mapping[str, str] = NO_HINTS) -> 
 
 
 def _code(name: str, tensor: Tensor, hint: str, taken: Collection[str]) -> Coded:
-    source = _look(name, tensor)
+    source = _look(name, tensor, hint)
     size, codec = _choices(source, hint, name, taken)[0]
     return _coded(name, source, codec, size)
 
 
 def encode(name: str, tensor: Tensor, hint: str, taken: Collection[str]) -> tuple[Coded, dict[str, Tensor]]:
     """The smallest form of a tensor that decodes to the same bits, and its parts. `taken` are the other tensors' names."""
-    source = _look(name, tensor)
+    source = _look(name, tensor, hint)
     for size, text in _choices(source, hint, name, taken):
         kind, *params = text.split(":")
         parts = CODECS[kind].encode(source, tuple(params))
@@ -125,8 +125,8 @@ def _gives_back(codec: Codec, source: Source, params: tuple[str, ...], parts: Ma
         return False
 
 
-def _look(name: str, tensor: Tensor) -> Source:
+def _look(name: str, tensor: Tensor, hint: str) -> Source:
     try:
-        return look(tensor)
+        return look(tensor, hint)
     except ArtefactError as error:
         raise ArtefactError(f"{name} is {error}") from None

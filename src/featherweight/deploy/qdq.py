@@ -1,0 +1,220 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A quantized model as standard ONNX QDQ: int8 weights, int32 biases, grids on inputs and on the edges between layers.
+
+A QDQ graph is a float graph with pairs of QuantizeLinear and DequantizeLinear in it. It means the same everywhere, and a
+runtime that has an integer kernel for "DQ, op, Q" uses it. Where a runtime has none, the graph is computed in floating
+point, as slowly as that is. Layers with dynamic grids are written as MatMulInteger, which has no QDQ form.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from torch import Tensor
+
+from featherweight.deploy.edges import find_edges, is_integer, place_edges, quantized_by
+from featherweight.deploy.nodes import add_node, attribute, constant, ir, is_standard, new_constant, remove_unused
+from featherweight.deploy.ranges import affine, record_ranges
+from featherweight.deploy.weights import Weights, integer_weights
+
+__all__ = ["Integers", "in_integers", "with_edges", "without_integers"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Integers:
+    """What an ONNX file holds as integers: counts of tensors, and sentences on what stayed in floating point.
+
+    `int8` and `int4` are weights, `biases` int32 biases, `inputs` layers' own grids, `edges` grids placed between layers,
+    `dynamic` layers whose input takes the grid of each call.
+    """
+
+    int8: int = 0
+    int4: int = 0
+    biases: int = 0
+    inputs: int = 0
+    edges: int = 0
+    dynamic: int = 0
+    notes: tuple[str, ...] = ()
+
+    @property
+    def any(self) -> bool:
+        """Whether anything at all is an integer."""
+        return self.int8 + self.int4 + self.inputs + self.dynamic > 0
+
+
+def in_integers(model: Any, parameters: Mapping[str, Tensor], *, int4: bool) -> Integers:
+    """Puts this graph's weights and biases into integers; the grids on inputs are there (`markers.mark`). Saves 4x bytes."""
+    weights = integer_weights(model, parameters, int4=int4)
+    biases = _biases(model)
+    dynamic, left = _dynamic(model)
+    inputs = sum(is_standard(node, "QuantizeLinear") for node in model.graph)
+    remove_unused(model)
+    return Integers(weights.int8, weights.int4, biases, inputs, 0, dynamic, (*_once(weights), *left))
+
+
+def _once(weights: Weights) -> tuple[str, ...]:
+    return tuple(dict.fromkeys(weights.notes))
+
+
+def _biases(model: Any) -> int:
+    """int32 at the scale of the products, as accumulators are: an error of half a unit there, far below any grid's step."""
+    count = 0
+    for node in list(model.graph):
+        if not is_standard(node, "Conv", "Gemm") or len(node.inputs) < 3 or not is_integer(node):
+            continue
+        if attribute(node, "alpha", 1.0) != 1.0 or attribute(node, "beta", 1.0) != 1.0:
+            continue
+        bias, grid = constant(node.inputs[2]), quantized_by(node.inputs[0])
+        scales = constant(node.inputs[1].producer().inputs[1])
+        if bias is None or grid is None or scales is None or bias.shape != scales.shape:
+            continue
+        scale = np.float32(grid.scale) * scales
+        with np.errstate(over="ignore", divide="ignore", invalid="ignore"):
+            q = np.rint(bias.astype(np.float64) / scale)
+        if not np.isfinite(q).all() or np.abs(q).max() >= 2**31:
+            continue  # a row whose weights are next to nothing has a scale that no int32 reaches the bias with
+        name = node.inputs[2].name
+        inputs = [
+            new_constant(node.graph, f"{name}_q", q.astype(np.int32)),
+            new_constant(node.graph, f"{name}_scale", scale),
+        ]
+        node.replace_input_with(
+            2, add_node(node, "DequantizeLinear", inputs, f"{node.outputs[0].name}_bias", {"axis": 0})
+        )
+        count += 1
+    return count
+
+
+def _dynamic(model: Any) -> tuple[int, list[str]]:
+    """Matrix products by inputs with dynamic grids, as MatMulInteger, Cast, Mul and Add."""
+    count, left = 0, []
+    for node in list(model.graph):
+        source = node.inputs[0].producer() if node.inputs and node.inputs[0] is not None else None
+        if not is_standard(source, "DequantizeLinear"):
+            continue
+        if not is_standard(source.inputs[0].producer(), "DynamicQuantizeLinear"):
+            continue
+        if is_standard(node, "MatMul", "Gemm") and _multiply(node, source):
+            count += 1
+        else:
+            left.append(
+                f"{node.op_type} {node.outputs[0].name} rounds its input to each call's grid and computes in floating "
+                "point: a dynamic grid is for matrix products with symmetric weights of one scale a row."
+            )
+    return count, left
+
+
+def _multiply(node: Any, source: Any) -> bool:
+    weight = node.inputs[1].producer()
+    plain = (
+        is_standard(weight, "DequantizeLinear") and len(weight.inputs) == 2 and "block_size" not in weight.attributes
+    )
+    if not plain or attribute(node, "transA", 0) or attribute(node, "alpha", 1.0) != 1.0:
+        return False
+    q, scales = constant(weight.inputs[0]), constant(weight.inputs[1])
+    if q is None or scales is None or q.dtype != np.int8 or attribute(node, "beta", 1.0) != 1.0:
+        return False
+    q = q.T if attribute(node, "transB", 0) else q
+    graph, output, name = node.graph, node.outputs[0], node.outputs[0].name
+    integers, scale, zero_point = source.inputs
+    table = new_constant(graph, f"{name}_weight_q", np.ascontiguousarray(q))
+    row_scales = new_constant(graph, f"{name}_weight_scale", scales)
+    product = add_node(node, "MatMulInteger", [integers, table, zero_point], f"{name}_int32")
+    wide = add_node(node, "Cast", [product], f"{name}_wide", {"to": ir().DataType.FLOAT})
+    both = add_node(node, "Mul", [scale, row_scales], f"{name}_scales")
+    last, inputs = "Mul", [wide, both]
+    if is_standard(node, "Gemm") and len(node.inputs) > 2 and node.inputs[2] is not None:
+        last, inputs = "Add", [add_node(node, "Mul", inputs, f"{name}_product"), node.inputs[2]]
+    final = ir().node(last, inputs, outputs=[ir().Value(name=f"{name}_", type=output.type, shape=output.shape)])
+    node.graph.insert_before(node, final)
+    _take_over(output, final.outputs[0])
+    return True
+
+
+def _take_over(old: Any, new: Any) -> None:
+    """`new` is read wherever `old` was, under its name."""
+    name = old.name
+    old.replace_all_uses_with(new, replace_graph_outputs=True)
+    old.name, new.name = f"{name}_unused", name
+    old.producer().graph.remove(old.producer(), safe=True)
+
+
+def with_edges(path: Path, calibration: Iterable[Any], target: Path, scratch: Path) -> int:
+    """Writes `path` to `target` with grids on the edges between its quantized layers; the answer is how many are new."""
+    tools = ir()
+    model = tools.load(str(path))
+    edges = find_edges(model.graph)
+    names = edges.unknown
+    ranges = record_ranges(path, names, calibration, scratch) if names else {}
+    new = place_edges(edges, lambda shared: affine(ranges[name] for name in shared))
+    _biases(model)
+    remove_unused(model)
+    tools.save(model, str(target))
+    return new
+
+
+def without_integers(path: Path, target: Path) -> None:
+    """Writes the same network in float32: weights dequantized, no grids. What an integer file is to be timed against.
+
+    Raises `ArtefactError` for a file that cannot be read.
+    """
+    tools = ir()
+    model = tools.load(str(path))
+    for node in list(model.graph):
+        if is_standard(node, "DequantizeLinear"):
+            array = constant(node.inputs[0])
+            source = node.inputs[0].producer()
+            if array is not None:
+                value = new_constant(model.graph, f"{node.outputs[0].name}_float", _dequantized(node, array))
+            elif is_standard(source, "QuantizeLinear"):
+                value = source.inputs[0]
+            else:
+                continue
+            if node.outputs[0].is_graph_output():
+                value = _named(node, value)
+            node.outputs[0].replace_all_uses_with(value, replace_graph_outputs=True)
+        elif is_standard(node, "MatMulInteger"):
+            _float_product(node)
+    remove_unused(model)
+    tools.save(model, str(target))
+
+
+def _float_product(node: Any) -> None:
+    """MatMulInteger, Cast and Mul by the scales, as this package writes them, back to one MatMul."""
+    source, q = node.inputs[0].producer(), constant(node.inputs[1])
+    cast = next(iter(node.outputs[0].consumers()), None)
+    scaled = None if cast is None else next(iter(cast.outputs[0].consumers()), None)
+    both = None if scaled is None else scaled.inputs[1].producer()
+    scales = constant(both.inputs[1]) if is_standard(both, "Mul") else None
+    if q is None or scales is None or not is_standard(source, "DynamicQuantizeLinear"):
+        return
+    table = new_constant(node.graph, f"{node.outputs[0].name}_float", q.astype(np.float32) * scales)
+    product = add_node(scaled, "MatMul", [source.inputs[0], table], f"{node.outputs[0].name}_product")
+    product.type, product.shape = scaled.outputs[0].type, scaled.outputs[0].shape
+    _take_over(scaled.outputs[0], product)
+
+
+def _named(node: Any, value: Any) -> Any:
+    """An Identity that keeps an output's name."""
+    name = node.outputs[0].name
+    node.outputs[0].name = f"{name}_rounded"
+    answer = add_node(node, "Identity", [value], name)
+    answer.type, answer.shape = node.outputs[0].type, node.outputs[0].shape
+    return answer
+
+
+def _dequantized(node: Any, q: Any) -> Any:
+    scale = constant(node.inputs[1])
+    zero = constant(node.inputs[2]) if len(node.inputs) > 2 else np.zeros_like(scale)
+    axis, block = attribute(node, "axis", 1), attribute(node, "block_size", 0)
+    if block:
+        scale, zero = np.repeat(scale, block, axis), np.repeat(zero, block, axis)
+    elif np.ndim(scale) == 1 and np.size(scale) > 1:
+        shape = [1] * q.ndim
+        shape[axis] = -1
+        scale, zero = scale.reshape(shape), zero.reshape(shape)
+    return (q.astype(np.int32) - zero.astype(np.int32)).astype(np.float32) * scale
