@@ -18,7 +18,7 @@ from torch import nn
 
 import featherweight as fw
 from featherweight.deploy import export_onnx, parity
-from featherweight.errors import OptionError
+from featherweight.errors import FeatherweightError, OptionError
 from featherweight.recipe import methods
 from featherweight.run import _check_kept, _invariants
 from tests.models import MODELS
@@ -129,6 +129,11 @@ PAIRS = [
     ("prune_channels", "reconstruct"),
     ("gradual_channel_pruning", "train"),
     ("gradual_pruning", "gradual_channel_pruning"),
+    ("prune", "quantize"),
+    ("reconstruct", "quantize"),
+    ("prune_channels", "quantize"),
+    ("factorize", "quantize"),
+    ("quantize", "prune"),
     ("prune", "qat"),
     ("qat", "qat"),
     ("prune", "cluster"),
@@ -154,6 +159,16 @@ def test_factorizing_what_is_sparse_is_refused(kind: str) -> None:
     task = task_of(kind)
     with pytest.raises(OptionError, match="sparse"):
         fw.compress(task, [fw.Prune(0.5, dense=()), EXAMPLES["factorize"](task.model)], progress=False)
+
+
+@pytest.mark.parametrize(
+    ("second", "message"),
+    [("reconstruct", "lies on a grid of 8 bits"), ("factorize", "lies on a grid of 8 bits"), ("train", r"QAT\(")],
+)
+def test_what_would_leave_a_grid_is_refused(second: str, message: str) -> None:
+    task = task_of("mlp")
+    with pytest.raises(FeatherweightError, match=message):
+        fw.compress(task, [fw.Quantize(8), EXAMPLES[second](task.model)], progress=False)
 
 
 def test_factorizing_what_is_tied_is_refused() -> None:

@@ -14,7 +14,7 @@ import os
 import shutil
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +25,8 @@ from featherweight import artefact
 from featherweight.edits import FakeQuantize, replay
 from featherweight.errors import ArtefactError, EditError, NumericalError, OptionError, StageError
 from featherweight.evidence import Evidence, StageFacts, score, show
-from featherweight.layers import existing_zeros, fill, tensors_and_ties
+from featherweight.grids import Grid, read_grid
+from featherweight.layers import existing_grids, existing_zeros, fill, tensors_and_ties, to_matrix, weights
 from featherweight.measure import Scorecard
 from featherweight.plan import Edit, Plan, edit_from_dict
 from featherweight.progress import watch
@@ -168,6 +169,7 @@ class _Run:
         self.plan = Plan()
         self.done: list[StageFacts] = []
         _check_finite(self.model, "the model as it was given")
+        self.given = frozenset(weight.name for weight, _ in existing_grids(self.model))
         self.before = self._before()
 
     def _before(self) -> Scorecard:
@@ -231,7 +233,7 @@ class _Run:
             self.tell(event)
 
         stage = Stage(name, self.work, self.resume, self.recipe.seed, report)
-        kept = _invariants(self.model)
+        kept = _invariants(self.model, self.plan.formats, self.given)
         began = time.perf_counter()
         plan = method(self.model, self.task, stage)
         seconds = time.perf_counter() - began
@@ -314,12 +316,33 @@ class _Invariants:
     zeros: Mapping[str, Tensor]
     ties: Mapping[str, str]
     grids: frozenset[str]
+    on_grids: Mapping[str, Grid]
 
 
-def _invariants(model: nn.Module) -> _Invariants:
+def _invariants(model: nn.Module, formats: Mapping[str, str] | None = None, given: Collection[str] = ()) -> _Invariants:
+    """What stands, read from the model itself; only how many columns share a scale is told by the plan's hints.
+
+    Weights in `given` were on a grid before the first stage, a fixed filter's say: no stage made it, and none has to keep it.
+    """
     grids = frozenset(name for name, module in model.named_modules() if isinstance(module, FakeQuantize))
     zeros = {weight.name: pruned for weight, pruned in existing_zeros(model)}
-    return _Invariants(zeros, tensors_and_ties(model)[1], grids)
+    on_grids = {weight.name: grid for weight, grid in existing_grids(model, formats) if weight.name not in given}
+    return _Invariants(zeros, tensors_and_ties(model)[1], grids, on_grids)
+
+
+def _check_grids(model: nn.Module, kept: _Invariants, stage: str) -> None:
+    """Weights that lay on a grid lie on one of no more bits; a zero, which 1 bit has not, may make it 2."""
+    for weight in weights(model)[0]:
+        before = kept.on_grids.get(weight.name)
+        matrix = to_matrix(weight, weight.parameter.detach())
+        # What was cut to another shape has fewer rows or columns of the same grid; whoever cut it chose which.
+        if before is None or before.scale.shape != (len(matrix), -(-matrix.shape[1] // before.chunk)):
+            continue
+        if read_grid(matrix, most_bits=max(before.bits, 2), chunk=before.chunk) is None:
+            raise StageError(
+                f"stage {stage!r} moved {weight.name} off the {before.bits}-bit grid that an earlier stage put it on. To "
+                "train on the grid, give Train(hooks=[QAT(...)]); else run this stage before the one that quantizes."
+            )
 
 
 def _check_kept(model: nn.Module, kept: _Invariants, stage: str) -> None:
@@ -340,6 +363,7 @@ def _check_kept(model: nn.Module, kept: _Invariants, stage: str) -> None:
     for name in kept.grids - grids:
         if name.rpartition(".")[0] in dict(model.named_modules()):
             raise StageError(f"stage {stage!r} removed the grid {name} that an earlier stage placed.")
+    _check_grids(model, kept, stage)
 
 
 def _check_finite(model: nn.Module, stage: str) -> None:

@@ -14,7 +14,7 @@ from torch import nn
 
 from featherweight.edits import apply
 from featherweight.errors import NumericalError, OptionError
-from featherweight.layers import existing_zeros, select, tensors_and_ties
+from featherweight.layers import existing_grids, existing_zeros, select, tensors_and_ties
 from featherweight.plan import Factor, Plan
 from featherweight.task import Stage, Task
 
@@ -27,7 +27,7 @@ class Factorize:
 
     Saves parameters, bytes and MACs everywhere, if rank < out * in / (out + in); a rank above that is an error, since
     it would make the model larger. Saves nothing in accuracy: fine-tune after. Raises `OptionError` for such a rank, for
-    a layer that an earlier stage made sparse (its zeros would be lost) and for one that is tied to another (the tie
+    a layer that an earlier stage made sparse or put on a grid (either would be lost) and for one that is tied to another (the tie
     would be lost), `NothingToCompress` for a glob without a match.
 
     >>> task = Task(nn.Sequential(nn.Linear(20, 30)), (torch.zeros(1, 20),))
@@ -49,6 +49,7 @@ class Factorize:
         linear = {name: module for name, module in model.named_modules() if type(module) is nn.Linear and name}
         chosen = select(list(linear), self.layers)
         sparse = {weight.layer for weight, _ in existing_zeros(model)}
+        on_grid = {weight.layer: grid.bits for weight, grid in existing_grids(model)}
         tied = {
             name: other
             for alias, first in tensors_and_ties(model)[1].items()
@@ -59,6 +60,11 @@ class Factorize:
             if name in sparse:
                 raise OptionError(
                     f"factorize: {name} is sparse and its zeros would be lost. Factorize before pruning, or leave it out."
+                )
+            if name in on_grid:
+                raise OptionError(
+                    f"factorize: {name} lies on a grid of {on_grid[name]} bits, which its factors would not. Factorize before "
+                    "quantizing, or leave it out."
                 )
             if f"{name}.weight" in tied:
                 raise OptionError(

@@ -4,6 +4,7 @@
 from featherweight.layers.calibration import Calibration, draw
 from featherweight.layers.held import Held, hold
 from featherweight.layers.kept import RULES, Selected, is_named, keep_by_name, keep_by_rule, names_of, refuse_nothing
+from featherweight.layers.on_grids import existing_grids
 from featherweight.layers.order import call_order
 from featherweight.layers.problems import Problem, problems, split
 from featherweight.layers.readers import Readers, read_by
@@ -28,6 +29,7 @@ __all__ = [
     "call_steps",
     "collect",
     "draw",
+    "existing_grids",
     "existing_zeros",
     "fill",
     "from_matrix",

@@ -46,6 +46,7 @@ def observe(
     activations that are NaN or infinite.
 
     >>> model = nn.Sequential(nn.Linear(2, 2))
+    >>> import torch
     >>> seen = observe(model, {"0": model[0]}, [torch.tensor([[-1.0, 5.0]])], lambda model, batch: model(batch))
     >>> seen["0"].low, seen["0"].high
     (-1.0, 5.0)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from torch import nn
@@ -23,9 +23,12 @@ from featherweight.layers import RULES, Calibration, Selected, draw, refuse_noth
 from featherweight.plan import Edit, Plan
 from featherweight.quantize.calibrate import Activations, observe, place, saturated
 from featherweight.quantize.chosen import Chosen, choose, reading_layers
+from featherweight.quantize.equalize import equalize
+from featherweight.quantize.links import LINEAR, READS, Link, find_links, is_linear, is_norm, without
 from featherweight.quantize.observers import OBSERVERS
 from featherweight.quantize.prepare import fold_norms, open_attention
-from featherweight.quantize.rounding import HALVES, Rounded, round_weight
+from featherweight.quantize.rounding import HALVES, Rounded, on_grid, round_weight
+from featherweight.quantize.smooth import smooth
 from featherweight.task import Stage, Task
 
 __all__ = ["Quantize"]
@@ -205,6 +208,7 @@ class _Work:
         reading = self.options.reading
         if reading is not None:
             self._open()
+        self._scale()
         reference = copy.deepcopy(self.model).eval()
         rounded = {name: round_weight(w, how) for name, (w, how) in self.chosen.roundings.items()}
         done = {name: one for name, one in rounded.items() if one.hint}
@@ -224,6 +228,38 @@ class _Work:
         self.edits += edits
         for note in notes:
             self.tell(note)
+
+    def _scale(self) -> None:
+        """Values only: ranges shared out between layers in a row, and outliers moved from activations into weights."""
+        if not self.options.equalize and self.options.smooth is None:
+            return
+        forward, inputs = self.task.forward, self.task.example_inputs
+        if self.options.equalize:
+            links = self._links(inputs, lambda module: not is_norm(module), None)
+            self.tell(f"equalize: {len(links)} pairs of layers, by up to {equalize(self.model, links):.3g}")
+        if self.options.smooth is not None and self.data is not None:
+            links = self._links(inputs, lambda module: is_norm(module) or is_linear(module), LINEAR)
+            most = smooth(self.model, links, self.data.fit, forward, self.options.smooth)
+            self.tell(f"smooth: what {len(links)} norms and layers give, by up to {most:.3g}")
+
+    def _links(
+        self, inputs: tuple[Any, ...], wanted: Callable[[nn.Module], bool], kinds: Sequence[str] | None
+    ) -> list[Link]:
+        """Links between what is to be rounded, but for weights that keep a grid; the others are told with the reason."""
+        layers = {weight.layer for weight, _ in self.chosen.roundings.values()}
+        still = {w.layer: "keeps its grid" for w, how in self.chosen.roundings.values() if on_grid(w, how)}
+        found, left = find_links(
+            self.model,
+            inputs,
+            lambda name, module: wanted(module) and (is_norm(module) or name in layers),
+            layers,
+            kinds or READS,
+        )
+        links, more = without(found, still)
+        if left | more:
+            few = [f"{name} ({reason})" for name, reason in (left | more).items()]
+            self.tell(_few("not scaled", few))
+        return links
 
     def _read(self, reading: Activations, done: Mapping[str, Rounded]) -> None:
         """Grids on what layers read."""
@@ -294,5 +330,6 @@ def _few(what: str, names: Sequence[str]) -> str:
 
 
 def _sentence(one: Correction) -> str:
-    verdict = "kept" if one.kept else "undone"
-    return f"{one.name}: held-out output error {one.before:.3g} to {one.after:.3g}, {verdict} ({one.note})"
+    done = "kept" if one.kept else "not kept"
+    note = f" ({one.note})" if one.note else ""
+    return f"{one.name}: held-out output error {one.before:.4g} -> {one.after:.4g}, {done}{note}"

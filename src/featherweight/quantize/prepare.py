@@ -11,11 +11,10 @@ from torch import nn
 from featherweight.edits import apply, fold_factors, foldable
 from featherweight.edits.effective import reshape_in_place
 from featherweight.errors import DataError, EditError
-from featherweight.grids import read_grid
-from featherweight.layers import to_matrix
+from featherweight.layers import Weight
 from featherweight.plan import Edit, Fold, Swap
 from featherweight.quantize.chosen import Chosen
-from featherweight.quantize.rounding import scale_rows
+from featherweight.quantize.rounding import Rounding, on_grid, scale_rows
 from featherweight.task import describe
 
 __all__ = ["fold_norms", "open_attention"]
@@ -67,10 +66,9 @@ def fold_norms(model: nn.Module, example_inputs: tuple[Any, ...], chosen: Chosen
     return list(wanted), notes
 
 
-def _fold(model: nn.Module, edit: Fold, weight: Any, how: Any) -> None:
+def _fold(model: nn.Module, edit: Fold, weight: Weight, how: Rounding) -> None:
     before = weight.parameter.detach().clone()
-    spec = how.spec
-    grid = None if spec is None else read_grid(to_matrix(weight, before), most_bits=spec.bits, chunk=spec.chunk)
+    grid = on_grid(weight, how)
     factor, _ = fold_factors(weight.module, model.get_submodule(edit.norm))
     apply(model, edit)
     if grid is not None:

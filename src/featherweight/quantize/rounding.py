@@ -19,7 +19,7 @@ from featherweight.errors import NumericalError
 from featherweight.grids import Grid, GridSpec, fit_grid, read_grid
 from featherweight.layers import Weight, from_matrix, to_matrix
 
-__all__ = ["HALVES", "Rounded", "Rounding", "round_weight", "scale_rows"]
+__all__ = ["HALVES", "Rounded", "Rounding", "on_grid", "round_weight", "scale_rows"]
 
 HALVES = {"fp16": torch.float16, "bf16": torch.bfloat16}
 _BLOCK = 1 << 20  # values of whole rows that a grid is fitted to at a time
@@ -56,16 +56,24 @@ def round_weight(weight: Weight, rounding: Rounding) -> Rounded:
         return _to_half(weight, values, rounding.half)
     spec = rounding.spec
     matrix = to_matrix(weight, values)
-    known = read_grid(matrix, most_bits=spec.bits, chunk=spec.chunk)
+    known = on_grid(weight, rounding)
     if known is not None:
         return Rounded(f"int:{known.bits}:{known.chunk}", f"keeps its grid of {_bits(known.bits)}", stays=True)
     if spec.bits == 1 and bool((matrix == 0).any()):
         return Rounded("", "has zeros, which 1 bit cannot hold; give 2 or more")
     chunk = matrix.shape[1] if spec.chunk is None else min(spec.chunk, matrix.shape[1])
     nearest = _nearest(matrix, spec, rounding.whole)
-    reshape_in_place(weight.parameter, from_matrix(weight, nearest).contiguous())
+    reshape_in_place(weight.parameter, _laid_out(values, from_matrix(weight, nearest)))
     per = "tensor" if rounding.whole else "row" if spec.chunk is None else f"{chunk} columns"
     return Rounded(f"int:{spec.bits}:{chunk}", f"{_bits(spec.bits)}, a scale per {per}")
+
+
+def on_grid(weight: Weight, rounding: Rounding) -> Grid | None:
+    """The grid that your model's weight lies on already, if it is one that rounding would keep."""
+    if rounding.spec is None:
+        return None
+    matrix = to_matrix(weight, weight.parameter.detach())
+    return read_grid(matrix, most_bits=rounding.spec.bits, chunk=rounding.spec.chunk)
 
 
 def _bits(count: int) -> str:
@@ -107,4 +115,9 @@ def scale_rows(weight: Weight, grid: Grid, factor: Tensor) -> None:
     turned = torch.where(flip, -1 - grid.zero_point, grid.zero_point) if grid.bits > 1 else grid.zero_point
     moved = dataclasses.replace(grid, scale=scale, zero_point=turned)
     values = moved.values(torch.where(flip, -1 - integers, integers)).to(matrix.dtype) + 0.0
-    reshape_in_place(weight.parameter, from_matrix(weight, values).contiguous())
+    reshape_in_place(weight.parameter, _laid_out(weight.parameter.detach(), from_matrix(weight, values)))
+
+
+def _laid_out(like: Tensor, values: Tensor) -> Tensor:
+    """The values in the memory layout of another tensor: kernels go by strides, those of axes of one entry too."""
+    return torch.empty_like(like).copy_(values)

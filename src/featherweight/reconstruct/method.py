@@ -19,6 +19,7 @@ from featherweight.layers import (
     Problem,
     Selected,
     Weight,
+    existing_grids,
     is_named,
     keep_by_name,
     keep_by_rule,
@@ -171,6 +172,7 @@ class Reconstruct:
         together.join()
         chosen, selected = self._choose(model, task.example_inputs)
         refuse_nothing(selected, "reconstruct")
+        _refuse_grids(model, chosen)
         data = draw(task, self.samples, self.held_out, stage.seed)
         for note in data.notes:
             stage.report({"kind": "message", "text": note})
@@ -284,6 +286,18 @@ class Reconstruct:
             for name, weight in whole.items()
             if weight.kind != "transposed linear"
         }
+
+
+def _refuse_grids(model: nn.Module, chosen: Mapping[str, tuple[Problem, Want]]) -> None:
+    """What lies on a grid would leave it: solving moves every weight that is left."""
+    wants = {problem.weight.name: want for problem, want in chosen.values()}
+    for weight, grid in existing_grids(model):
+        want = wants.get(weight.name)
+        if want is not None and (want.grid is None or want.grid.bits > grid.bits):
+            raise OptionError(
+                f"reconstruct: {weight.name} lies on a grid of {grid.bits} bits, which it would leave. Reconstruct before "
+                f"quantizing, or by bits={grid.bits} too, or leave it out: keep=[{weight.name!r}]."
+            )
 
 
 def _check_same_layers(chosen: Mapping[str, tuple[Problem, Want]], reference: nn.Module) -> None:
