@@ -12,6 +12,7 @@ words of the tensor has as many lanes as make a step for each 256 of them, and n
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,10 +21,10 @@ from featherweight.errors import ArtefactError
 from featherweight.pack import huffman, rans
 from featherweight.pack.bits import bytes_of, pack_fields, unpack_fields
 
-__all__ = ["CODERS", "Reader", "lanes_for", "read_stream", "varint", "write_stream"]
+__all__ = ["CODERS", "SPLITS", "Reader", "lanes_for", "read_stream", "tokens_of", "varint", "write_stream"]
 
 CODERS = ("huffman", "rans")
-_SPLITS = (3, 8)
+SPLITS = (3, 8)
 _MOST_TOKENS = 1 << 10
 _FEWEST_STEPS = 1024
 _WORDS_A_STEP = 256
@@ -81,18 +82,18 @@ def lanes_for(count: int, words: int) -> int:
     return min(_MOST_LANES, 1 << max(0, (-(-count // steps) - 1).bit_length()))
 
 
-def write_stream(values: NDArray[np.int64], coder: str, words: int) -> bytes:
+def write_stream(values: NDArray[np.integer[Any]], coder: str, words: int) -> bytes:
     """The integers as bytes that tell their table, and not their count. `words` is how many words they restore."""
     return min((_write(values, coder, words, split) for split in _splits(values)), key=len)
 
 
-def _splits(values: NDArray[np.int64]) -> tuple[int, ...]:
+def _splits(values: NDArray[np.integer[Any]]) -> tuple[int, ...]:
     """One where both would give the same tokens, as below 8."""
-    return _SPLITS if values.max(initial=0) >= 1 << _SPLITS[0] else _SPLITS[:1]
+    return SPLITS if values.max(initial=0) >= 1 << SPLITS[0] else SPLITS[:1]
 
 
-def _write(values: NDArray[np.int64], coder: str, words: int, split: int) -> bytes:
-    tokens, width = _tokens(values, split)
+def _write(values: NDArray[np.integer[Any]], coder: str, words: int, split: int) -> bytes:
+    tokens, width = tokens_of(values, split)
     counts = np.bincount(tokens)
     lanes = lanes_for(len(values), words)
     context = np.zeros(len(tokens), np.uint8)
@@ -110,7 +111,7 @@ def _write(values: NDArray[np.int64], coder: str, words: int, split: int) -> byt
 def read_stream(reader: Reader, count: int, coder: str, words: int) -> NDArray[np.int64]:
     """`count` integers. Raises `ArtefactError` for bytes that `write_stream` does not write."""
     lanes, split, tokens = lanes_for(count, words), reader.byte(), reader.varint()
-    if split not in _SPLITS or tokens > _MOST_TOKENS:
+    if split not in SPLITS or tokens > _MOST_TOKENS:
         raise ArtefactError(f"no stream has {tokens} tokens and a split of {split}")
     bits = 4 if coder == "huffman" else _LEVEL_BITS
     table = unpack_fields(reader.take(bytes_of(tokens, bits)), tokens, bits)
@@ -126,7 +127,7 @@ def read_stream(reader: Reader, count: int, coder: str, words: int) -> NDArray[n
     return _integers(found, split, reader)
 
 
-def _tokens(values: NDArray[np.int64], split: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+def tokens_of(values: NDArray[np.integer[Any]], split: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
     """The token of each integer, and how many plain bits follow it."""
     large = values >= 1 << split
     bits = np.zeros(len(values), np.int64)
@@ -152,7 +153,7 @@ def _integers(tokens: NDArray[np.uint16], split: int, reader: Reader) -> NDArray
     return values
 
 
-def _pack_wide(values: NDArray[np.int64], bits: int) -> bytes:
+def _pack_wide(values: NDArray[np.integer[Any]], bits: int) -> bytes:
     """The lowest `bits` of each; those above 16 as fields of their own behind the others."""
     low = pack_fields((values & ((1 << min(bits, 16)) - 1)).astype(np.uint64), min(bits, 16)).tobytes()
     return low if bits <= 16 else low + _pack_wide(values >> 16, bits - 16)
