@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from featherweight.cli import groups, heads, sources
+from featherweight.cli import bits, groups, heads, sources
 from featherweight.cli.console import Json, fail, say, table
 from featherweight.errors import GraphError, OptionError
 from featherweight.report import words
@@ -49,29 +49,41 @@ def command(
         bool,
         typer.Option("--heads", help="Measure the task's metric without each attention head, and with the best only."),
     ] = False,
+    measure_bits: Annotated[
+        bool,
+        typer.Option("--bits", help="Measure what the task's model loses with each weight rounded to 8 to 2 bits."),
+    ] = False,
     json: Json = False,
 ) -> dict[str, Any]:
     """Lists each layer's kind, shape, parameters, MACs, bytes and zeros, and what would be pruned and what not and why.
 
     Changes nothing. "Would be pruned" is said of GradualPruning with its defaults. Without --input MACs are not known.
     With inputs, a second table has the groups of channels and heads that can only be cut together, and what is frozen
-    by which line of code. --try takes ten forwards or so. --heads needs a task with a metric, and takes two evaluations for each head.
+    by which line of code. --try takes ten forwards or so. --heads needs a task with a metric, and takes two evaluations for
+    each head. --bits needs a task with a metric or data, and takes five evaluations for each weight.
 
     \b
     Example: featherweight inspect my_package.nets:make --input 1x3x32x32
     """
     if measure_heads and task is None:
         raise OptionError("--heads measures a metric: name what has one with --task package.module:function.")
-    net, inputs, whole = _subject(model, task, input or (), measure_heads)
+    if measure_bits and task is None:
+        raise OptionError("--bits measures on data: name what has them with --task package.module:function.")
+    net, inputs, whole = _subject(model, task, input or (), measure_heads or measure_bits)
     from featherweight.preview import inspect
 
     found: dict[str, Any] = inspect(net, inputs)
     if not json:
         _show(found)
     if inputs is not None:
-        found["trace"], found["heads"] = _comb(net, inputs, grain, trial, whole)
+        found["trace"], found["heads"] = _comb(net, inputs, grain, trial, whole if measure_heads else None)
         if not json:
             _show_trace(found)
+    if measure_bits and whole is not None:
+        found["bits"] = bits.measured(whole)
+        if not json:
+            say()
+            bits.show(found["bits"])
     return found
 
 
