@@ -2,6 +2,7 @@
 """Equalization, SmoothQuant and the links they scale along. Oracles: the papers' equations in NumPy, and the answers before."""
 
 import copy
+import itertools
 from typing import Any
 
 import numpy as np
@@ -50,7 +51,7 @@ def layers_of(model: nn.Module, x: Tensor) -> tuple[tuple[Link, ...], dict[str, 
 def test_a_chain_of_convs_is_linked_from_end_to_end() -> None:
     links, left = layers_of(Convs(), torch.randn(2, 3, 8, 8))
     order = ["stem", "depth", "point", "up", "grouped", "fc"]
-    assert links == tuple(Link(a, (b,)) for a, b in zip(order, order[1:], strict=False))
+    assert links == tuple(Link(a, (b,)) for a, b in itertools.pairwise(order))
     assert left == {"fc": "the model answers with it"}
 
 

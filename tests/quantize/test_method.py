@@ -189,7 +189,7 @@ def test_a_weight_on_a_grid_keeps_it_and_one_on_a_finer_grid_does_not() -> None:
     task = every_task()
     data = [torch.randn(16, 8) for _ in range(6)]
     task = fw.Task(nn.Sequential(nn.Linear(8, 12), nn.ReLU(), nn.Linear(12, 3)), (data[0],), calibration=data)
-    solved, first, _ = run_reconstruct(fw.Reconstruct(bits=4, samples=64, work=0.1), task)
+    solved, _, _ = run_reconstruct(fw.Reconstruct(bits=4, samples=64, work=0.1), task)
     again = fw.Task(solved, task.example_inputs, calibration=data)
     model, plan, events = run(fw.Quantize(8, activations="static"), again)
     for name in ("0.weight", "2.weight"):
@@ -236,7 +236,7 @@ def test_norms_are_folded_and_a_grid_is_folded_with_them() -> None:
 def test_static_grids_hold_what_the_layers_read() -> None:
     """Oracle: the smallest and largest of what hooks see in the model with rounded weights, on the samples that fit."""
     task = every_task()
-    model, plan, events = run(fw.Quantize(8, activations="static", correct=()), task)
+    model, plan, _ = run(fw.Quantize(8, activations="static", correct=()), task)
     placed = [edit.layer for edit in plan.edits if isinstance(edit, fw.FakeQuant)]
     read = {
         "conv",
@@ -525,7 +525,7 @@ def test_rules_and_globs_say_what_stays_dense() -> None:
     assert set(plan.formats) == {"a.weight"}
     assert [m for m in model.modules() if isinstance(m, FakeQuantize)] == [model.a.input_grid]
     assert type(model.norm) is nn.BatchNorm2d  # the layer before it stays as it is
-    with pytest.raises(NothingToCompress, match="stem_.*Nearest names: stem"):
+    with pytest.raises(NothingToCompress, match=r"stem_.*Nearest names: stem"):
         fw.Quantize(layers=["stem_"])(copy.deepcopy(task.model), task, fw.Stage())
 
 
