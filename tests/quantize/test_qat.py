@@ -11,6 +11,8 @@ from typing import Any
 
 import pytest
 import torch
+import torch.multiprocessing as mp
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 import featherweight as fw
@@ -20,6 +22,7 @@ from featherweight.grids import GridSpec, fit_grid, read_grid
 from featherweight.layers import to_matrix, weights
 from featherweight.state import load_state, save_state
 from tests.models import MODELS
+from tests.quantize.two_processes import quantize_on_rank
 
 Data = Callable[[int], tuple[Tensor, ...]]
 
@@ -511,6 +514,58 @@ def test_a_row_of_zeros_may_come_to_life_and_constant_rows_are_exact() -> None:
         optimizer.step()
         hook.step()
     assert (layer.weight[0] != 0).any()
+
+
+def test_two_processes_learn_the_same_steps_though_their_data_differ(tmp_path: Path) -> None:
+    # A server that has imported everything forks both: half the imports, and none of this process's threads.
+    mp.get_context("forkserver").set_forkserver_preload(["tests.quantize.two_processes"])
+    mp.start_processes(quantize_on_rank, args=(str(tmp_path),), nprocs=2, start_method="forkserver")
+    first, second = (load_file(tmp_path / f"{rank}.safetensors") for rank in (0, 1))
+    for name, value in first.items():
+        assert torch.equal(value, second[name]), name
+    assert float(first["0.input_grid.scale"]) != 1.0
+
+
+def test_folding_inside_distributed_data_parallel_is_refused() -> None:
+    model = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4))
+    wrapped = object.__new__(nn.parallel.DistributedDataParallel)
+    nn.Module.__init__(wrapped)
+    wrapped.module = model
+    with pytest.raises(OptionError, match="before wrapping"):
+        fw.QAT().attach(wrapped, torch.optim.SGD(model.parameters()), (torch.zeros(2, 4),))
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_compiled_model_trains_to_the_same_weights() -> None:
+    def train(compiles: bool) -> nn.Module:
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(8, 12), nn.ReLU(), nn.Linear(12, 5))
+        called = torch.compile(model, backend="eager") if compiles else model
+        optimizer = torch.optim.AdamW(model.parameters(), lr=0.01)
+        hook = fw.QAT(bits=3, activation_bits=4).attach(called, optimizer)
+        run(called, optimizer, hook, range(5))
+        hook.finalize()
+        return model
+
+    one, other = train(False), train(True)
+    for name, value in one.state_dict().items():
+        assert torch.allclose(value, other.state_dict()[name], rtol=1e-5, atol=1e-6), name
+
+
+def test_an_average_of_weights_taken_between_optimizer_and_hook_is_of_full_precision() -> None:
+    layer = nn.Linear(8, 6)
+    optimizer = torch.optim.SGD(layer.parameters(), lr=0.1)
+    average = torch.optim.swa_utils.AveragedModel(layer)
+    hook = fw.QAT(bits=2, activation_bits=None).attach(layer, optimizer)
+    seen = []
+    for _ in range(3):
+        optimizer.zero_grad()
+        layer(torch.randn(4, 8)).square().mean().backward()
+        optimizer.step()
+        average.update_parameters(layer)
+        hook.step()
+        seen.append(hook.state_dict()["weights"]["weight"]["full"])
+    assert torch.allclose(average.module.weight, torch.stack(seen).mean(0), atol=1e-6)
 
 
 @pytest.mark.parametrize(

@@ -115,7 +115,9 @@ class LearnedInput:
         self.fixed = False  # whether the zero point stays where the first batch put it
         # Closed over, not looked up: a deep copy of the model keeps its grids' values and learns nothing.
         self._hooks = [
-            grid.register_forward_pre_hook(lambda module, args: self._begin(args[0]) if module is grid else None),
+            grid.register_forward_pre_hook(
+                lambda module, args: None if self.ready or module is not grid else self._begin(args[0])
+            ),
             grid.register_forward_hook(lambda module, args, y: self._learn(args[0], y) if module is grid else None),
         ]
 
@@ -123,9 +125,10 @@ class LearnedInput:
     def learned(self) -> list[nn.Parameter]:
         return [self.factor] if self.shift is None else [self.factor, self.shift]
 
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
     @torch.no_grad()
     def _begin(self, x: Tensor) -> None:
-        if self.ready or not x.is_floating_point() or not x.numel():
+        if not x.is_floating_point() or not x.numel():
             return
         flat = x.detach().reshape(-1).float()
         flat = flat[:: max(1, flat.numel() // _SAMPLED)]

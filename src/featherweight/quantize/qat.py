@@ -103,8 +103,9 @@ class QAT:
         """Acts on your model from now on; call `step()` of what is returned after each optimizer step.
 
         Attach after hooks that prune, so that they see full-precision weights, and before you make a learning rate
-        scheduler, as steps are a parameter group of their own. `model` may be compiled afterwards or wrapped in
-        DistributedDataParallel; `optimizer` may be wrapped by accelerate. With `example_inputs` norms are folded.
+        scheduler, as steps are a parameter group of their own. `model` may be compiled or wrapped in
+        DistributedDataParallel (afterwards, where norms are folded); `optimizer` may be wrapped by accelerate. With
+        `example_inputs` norms are folded.
 
         Raises `NothingToCompress` where all is kept, `NumericalError` for weights that are not finite, `OptionError`
         where options do not fit the model.

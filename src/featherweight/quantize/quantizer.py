@@ -63,7 +63,12 @@ class Quantizer:
                 "QAT: LBFGS takes no second group of parameters for the steps; give learn=False, or another optimizer."
             )
         self._group = getattr(model, "process_group", None)  # DistributedDataParallel's own, if it was given one
-        model = unwrap(model)
+        parallel, model = isinstance(model, nn.parallel.DistributedDataParallel), unwrap(model)
+        if parallel and options.fold and any(isinstance(module, _NORMS) for module in model.modules()):
+            raise OptionError(
+                "QAT: folding BatchNorm changes which parameters there are, and DistributedDataParallel knows those that it was "
+                "made with. Attach before wrapping the model in it, or give fold=False."
+            )
         chosen, self.selection = choose_weights(model, options, example_inputs)
         refuse_nothing(self.selection, "quantize")
         self.events: list[dict[str, Any]] = []
