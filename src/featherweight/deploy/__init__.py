@@ -2,14 +2,22 @@
 """Out of PyTorch: ONNX files that are checked against the model, and runtimes that are called as the model is."""
 
 from featherweight.deploy.export import Export, export_onnx
+from featherweight.deploy.integer import Agreement, IntegerReference, NodeAgreement, agreement, agreement_by_node
 from featherweight.deploy.parity import Parity, check_parity, parity, sample_inputs
+from featherweight.deploy.qdq import Integers, without_integers
 from featherweight.deploy.sessions import RUNTIMES, Session, available_runtimes, session, torch_session
 
 __all__ = [
     "RUNTIMES",
+    "Agreement",
     "Export",
+    "IntegerReference",
+    "Integers",
+    "NodeAgreement",
     "Parity",
     "Session",
+    "agreement",
+    "agreement_by_node",
     "available_runtimes",
     "check_parity",
     "export_onnx",
@@ -17,4 +25,5 @@ __all__ = [
     "sample_inputs",
     "session",
     "torch_session",
+    "without_integers",
 ]

@@ -52,7 +52,7 @@ class Edges:
 
 def quantized_by(value: Any) -> Affine | None:
     """The grid of a value that comes out of a static DequantizeLinear of 8 bits."""
-    node = value.producer() if value is not None else None
+    node: Any = value.producer() if value is not None else None
     return affine_of(node) if is_standard(node, "DequantizeLinear") and constant(node.inputs[0]) is None else None
 
 

@@ -32,7 +32,7 @@ from torch.utils._pytree import tree_flatten_with_path, tree_leaves, tree_map, t
 from featherweight.deploy.failures import explain, is_data_dependent, lacks_an_op, reason
 from featherweight.deploy.markers import Marks, mark
 from featherweight.deploy.parity import parity
-from featherweight.deploy.qdq import Integers, in_integers, with_edges
+from featherweight.deploy.qdq import Integers, edges_without_ranges, in_integers, with_edges
 from featherweight.deploy.sessions import flatten_inputs, sort_keys
 from featherweight.deploy.weights import wants_blocks_or_int4
 from featherweight.errors import ArtefactError, ExportError, FeatherweightError, OptionError, ParityError, require
@@ -264,11 +264,12 @@ def _with_edges(job: _Job, made: _Made) -> _Made:
     if not job.marks.static:
         return made
     if job.calibration is None:
+        missing = edges_without_ranges(made.file)
         note = (
-            "Grids are on the inputs of layers alone: sums, concatenations, pooling and outputs of convolutions have none, "
-            "so that runtimes compute much in floating point. Give calibration, some batches of data."
+            f"{missing} sums, concatenations, poolings and outputs of convolutions have no grid, so that runtimes compute "
+            "them in floating point. Give calibration, some batches of data."
         )
-        return dataclasses.replace(made, notes=(*made.notes, note))
+        return dataclasses.replace(made, notes=(*made.notes, note)) if missing else made
     folder = made.file.parent.with_name("edges")
     folder.mkdir()
     scratch = made.file.parent.with_name("ranges")

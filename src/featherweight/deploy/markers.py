@@ -15,8 +15,9 @@ import torch
 from torch import Tensor, nn
 
 from featherweight.edits.fake_quant import FakeQuantize
+from featherweight.measure import eval_copy
 
-__all__ = ["Marks", "has_grids", "mark"]
+__all__ = ["Marks", "has_grids", "mark", "without_grids"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,6 +36,16 @@ class Marks:
 def has_grids(model: nn.Module) -> bool:
     """Whether any layer of the model has a grid on its input."""
     return any(isinstance(module, FakeQuantize) for module in model.modules())
+
+
+def without_grids(twin: nn.Module) -> nn.Module:
+    """The same weights with activations as they are: another copy of a copy made by `measure.eval_copy`."""
+    bare = eval_copy(twin)
+    for owner in list(bare.modules()):
+        for name, child in list(owner.named_children()):
+            if isinstance(child, FakeQuantize):
+                setattr(owner, name, nn.Identity())
+    return bare
 
 
 def mark(model: nn.Module) -> Marks:

@@ -17,12 +17,15 @@ __all__ = [
     "affine_of",
     "attribute",
     "constant",
+    "evaluate",
     "ir",
     "is_standard",
     "new_constant",
     "quantize_between",
     "remove_unused",
 ]
+
+_LAYOUT = ("Transpose", "Slice", "Concat", "Unsqueeze", "Squeeze", "Reshape", "Identity")
 
 
 def ir() -> Any:
@@ -45,7 +48,7 @@ class Affine:
         return self.scale * (low - self.zero_point), self.scale * (high - self.zero_point)
 
 
-def is_standard(node: Any, *kinds: str) -> bool:
+def is_standard(node: Any, *kinds: str) -> Any:
     """Whether a node is one of these ops of ONNX itself; None, the producer of an input, is not."""
     return node is not None and node.op_type in kinds and node.domain in ("", "ai.onnx")
 
@@ -60,7 +63,11 @@ def attribute(node: Any, name: str, default: Any = None) -> Any:
 
 
 def constant(value: Any) -> NDArray[Any] | None:
-    """The array of an initializer or of a Constant node, seen through a Transpose; None for what is computed."""
+    """The array of an initializer or a Constant node, also where only its layout is changed; None for what is computed.
+
+    torch's exporter folds such changes for small tensors alone: a vocabulary's transpose and the gates of an LSTM, sliced
+    and put in another order, are nodes.
+    """
     if value is None:
         return None
     if value.is_initializer() and not value.is_graph_input() and value.const_value is not None:
@@ -68,12 +75,30 @@ def constant(value: Any) -> NDArray[Any] | None:
         return array
     node = value.producer()
     if is_standard(node, "Constant") and "value" in node.attributes:
-        array = node.attributes["value"].value.numpy()
-        return array
-    if is_standard(node, "Transpose"):
-        inner = constant(node.inputs[0])
-        return None if inner is None else np.ascontiguousarray(inner.transpose(attribute(node, "perm")))
+        held: NDArray[Any] = node.attributes["value"].value.numpy()
+        return held
+    if is_standard(node, *_LAYOUT) and len(node.outputs) == 1:
+        inputs = [None if one is None else constant(one) for one in node.inputs]
+        if all(array is not None or one is None for array, one in zip(inputs, node.inputs, strict=True)):
+            return evaluate(node, inputs)[0]
     return None
+
+
+def evaluate(node: Any, inputs: list[NDArray[Any] | None]) -> list[NDArray[Any]]:
+    """The outputs of one node, by itself, in floating point where it computes at all: ONNX's reference implementation."""
+    onnx, tools = require("onnx", extra="onnx"), ir()
+    reference = require("onnx.reference", extra="onnx")
+    proto = tools.serde.serialize_node(node)
+    feeds = {name: array for name, array in zip(proto.input, inputs, strict=True) if array is not None}
+    make = onnx.helper.make_tensor_value_info
+    typed = [make(name, onnx.helper.np_dtype_to_tensor_dtype(array.dtype), None) for name, array in feeds.items()]
+    outputs = [onnx.helper.make_empty_tensor_value_info(name) for name in proto.output if name]
+    version = node.version or (node.graph.opset_imports.get("", 18) if node.graph is not None else 18)
+    model = onnx.helper.make_model(
+        onnx.helper.make_graph([proto], "node", typed, outputs), opset_imports=[onnx.helper.make_opsetid("", version)]
+    )
+    answers: list[NDArray[Any]] = reference.ReferenceEvaluator(model).run(None, feeds)
+    return answers
 
 
 def new_constant(graph: Any, name: str, array: Any, dtype: Any = None) -> Any:

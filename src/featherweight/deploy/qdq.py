@@ -14,14 +14,16 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 from torch import Tensor
 
+from featherweight.deploy.arithmetic import dequantize
 from featherweight.deploy.edges import find_edges, is_integer, place_edges, quantized_by
 from featherweight.deploy.nodes import add_node, attribute, constant, ir, is_standard, new_constant, remove_unused
 from featherweight.deploy.ranges import affine, record_ranges
-from featherweight.deploy.weights import Weights, integer_weights
+from featherweight.deploy.weights import integer_weights
 
-__all__ = ["Integers", "in_integers", "with_edges", "without_integers"]
+__all__ = ["Integers", "edges_without_ranges", "in_integers", "with_edges", "without_integers"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,11 +55,7 @@ def in_integers(model: Any, parameters: Mapping[str, Tensor], *, int4: bool) -> 
     dynamic, left = _dynamic(model)
     inputs = sum(is_standard(node, "QuantizeLinear") for node in model.graph)
     remove_unused(model)
-    return Integers(weights.int8, weights.int4, biases, inputs, 0, dynamic, (*_once(weights), *left))
-
-
-def _once(weights: Weights) -> tuple[str, ...]:
-    return tuple(dict.fromkeys(weights.notes))
+    return Integers(weights.int8, weights.int4, biases, inputs, 0, dynamic, (*weights.notes, *left))
 
 
 def _biases(model: Any) -> int:
@@ -91,9 +89,10 @@ def _biases(model: Any) -> int:
 
 def _dynamic(model: Any) -> tuple[int, list[str]]:
     """Matrix products by inputs with dynamic grids, as MatMulInteger, Cast, Mul and Add."""
-    count, left = 0, []
+    count = 0
+    left: list[str] = []
     for node in list(model.graph):
-        source = node.inputs[0].producer() if node.inputs and node.inputs[0] is not None else None
+        source: Any = node.inputs[0].producer() if node.inputs and node.inputs[0] is not None else None
         if not is_standard(source, "DequantizeLinear"):
             continue
         if not is_standard(source.inputs[0].producer(), "DynamicQuantizeLinear"):
@@ -101,11 +100,14 @@ def _dynamic(model: Any) -> tuple[int, list[str]]:
         if is_standard(node, "MatMul", "Gemm") and _multiply(node, source):
             count += 1
         else:
-            left.append(
-                f"{node.op_type} {node.outputs[0].name} rounds its input to each call's grid and computes in floating "
-                "point: a dynamic grid is for matrix products with symmetric weights of one scale a row."
-            )
-    return count, left
+            left.append(f"{node.op_type} {node.outputs[0].name}")
+    if not left:
+        return count, []
+    note = (
+        f"Rounded to each call's grid, and computed in floating point: {', '.join(left)}. A dynamic grid saves time in "
+        "matrix products alone, by symmetric weights with one scale a row."
+    )
+    return count, [note]
 
 
 def _multiply(node: Any, source: Any) -> bool:
@@ -157,6 +159,11 @@ def with_edges(path: Path, calibration: Iterable[Any], target: Path, scratch: Pa
     return new
 
 
+def edges_without_ranges(path: Path) -> int:
+    """How many values of a file would get grids if there were data to take their ranges from."""
+    return len(find_edges(ir().load(str(path)).graph).unknown)
+
+
 def without_integers(path: Path, target: Path) -> None:
     """Writes the same network in float32: weights dequantized, no grids. What an integer file is to be timed against.
 
@@ -186,9 +193,9 @@ def without_integers(path: Path, target: Path) -> None:
 def _float_product(node: Any) -> None:
     """MatMulInteger, Cast and Mul by the scales, as this package writes them, back to one MatMul."""
     source, q = node.inputs[0].producer(), constant(node.inputs[1])
-    cast = next(iter(node.outputs[0].consumers()), None)
-    scaled = None if cast is None else next(iter(cast.outputs[0].consumers()), None)
-    both = None if scaled is None else scaled.inputs[1].producer()
+    cast: Any = next(iter(node.outputs[0].consumers()), None)
+    scaled: Any = None if cast is None else next(iter(cast.outputs[0].consumers()), None)
+    both: Any = None if scaled is None else scaled.inputs[1].producer()
     scales = constant(both.inputs[1]) if is_standard(both, "Mul") else None
     if q is None or scales is None or not is_standard(source, "DynamicQuantizeLinear"):
         return
@@ -207,14 +214,9 @@ def _named(node: Any, value: Any) -> Any:
     return answer
 
 
-def _dequantized(node: Any, q: Any) -> Any:
-    scale = constant(node.inputs[1])
-    zero = constant(node.inputs[2]) if len(node.inputs) > 2 else np.zeros_like(scale)
-    axis, block = attribute(node, "axis", 1), attribute(node, "block_size", 0)
-    if block:
-        scale, zero = np.repeat(scale, block, axis), np.repeat(zero, block, axis)
-    elif np.ndim(scale) == 1 and np.size(scale) > 1:
-        shape = [1] * q.ndim
-        shape[axis] = -1
-        scale, zero = scale.reshape(shape), zero.reshape(shape)
-    return (q.astype(np.int32) - zero.astype(np.int32)).astype(np.float32) * scale
+def _dequantized(node: Any, q: NDArray[Any]) -> NDArray[np.float32]:
+    """What a DequantizeLinear makes of constant integers."""
+    scale, zero = np.asarray(constant(node.inputs[1])), np.asarray(0, np.int8)
+    if len(node.inputs) > 2 and node.inputs[2] is not None:
+        zero = np.asarray(constant(node.inputs[2]))
+    return dequantize(q, scale, zero, attribute(node, "axis", 1), attribute(node, "block_size", 0))

@@ -33,7 +33,7 @@ def record_ranges(
     probe = scratch / "ranges.onnx"
     _with_reductions(path, names, probe)
     engine = session(probe)
-    found = {name: (0.0, 0.0) for name in names}
+    found = dict.fromkeys(names, (0.0, 0.0))
     batches = 0
     for batch in calibration:
         answers = engine(*call_inputs(batch, len(engine.input_names)))

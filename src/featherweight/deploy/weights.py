@@ -32,16 +32,29 @@ _ROUNDING = 2.0**-23
 
 @dataclasses.dataclass
 class Weights:
-    """What became of a graph's weights: how many are int8 and int4, how many values they hold, and sentences on the rest."""
+    """What became of a graph's weights: how many are int8 and int4, and which nodes compute in floating point all the same.
+
+    `stored` have weights that are integers in the file alone; the input of `uneven` has a grid, and their weights have zero
+    points or several scales a row, which no integer kernel takes.
+    """
 
     int8: int = 0
     int4: int = 0
-    values: int = 0
-    notes: list[str] = dataclasses.field(default_factory=list)
+    stored: list[str] = dataclasses.field(default_factory=list)
+    uneven: list[str] = dataclasses.field(default_factory=list)
 
     @property
-    def any(self) -> bool:
-        return self.int8 + self.int4 > 0
+    def notes(self) -> list[str]:
+        """In sentences."""
+        found = []
+        if self.stored:
+            found.append(f"Weights are integers in the file, and floats to every runtime: {', '.join(self.stored)}.")
+        if self.uneven:
+            found.append(
+                f"Computed in floating point: {', '.join(self.uneven)}. Integer kernels take weights without zero points "
+                "and with one scale a row: quantize with symmetric=True and without chunk."
+            )
+        return found
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -114,21 +127,17 @@ def _replace(node: Any, index: int, parameters: Mapping[str, Tensor], int4: bool
         _gather(node, integers, name)
     elif axis is None:
         _reshaped(node, index, integers, array.shape, name, group=attribute(node, "group", 1))
-        done.notes.append(f"{name} is stored as integers; no runtime multiplies by it as such ({node.op_type}).")
+        done.stored.append(f"{node.op_type} {node.outputs[0].name}")
     else:
         as_int4 = int4 and integers.four and not is_standard(node, "Conv", "ConvTranspose")
         rounded = _quantized_input(node, index)
         as_int4 = as_int4 and not rounded  # integer kernels take int8
         _linear(node, index, integers, array.shape, axis, name, as_int4)
         if rounded and not integers.plain:
-            done.notes.append(
-                f"{name} has zero points, or several scales a row: {node.op_type} by it stays in floating point. "
-                "Integer kernels want symmetric weights with one scale a row."
-            )
+            done.uneven.append(f"{node.op_type} {node.outputs[0].name}")
         done.int4 += as_int4
         done.int8 -= as_int4
     done.int8 += 1
-    done.values += array.size
 
 
 def _quantized_input(node: Any, index: int) -> bool:
