@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from featherweight.errors import NumericalError, OptionError, check_whole, check_word
 from featherweight.solvers.kmeans_exact import best_centroids
 from featherweight.solvers.kmeans_points import Floats, Points, points_of
-from featherweight.solvers.kmeans_rate import assign_at, reduce_rate
+from featherweight.solvers.kmeans_rate import assign, settle, word_lengths
 
 __all__ = ["STARTS", "Clustering", "kmeans"]
 
@@ -27,8 +27,7 @@ _MOST_CLUSTERS = 1 << 16
 _ITERATIONS = 10_000
 # The exact optimum takes time in clusters x points: at most so many, and no fewer points than would serve anyone.
 _WORK, _LEAST_POINTS, _MOST_EXACT = 1 << 21, 1 << 12, 1 << 10
-# Clusters bought by their bits are compared point by point.
-_RATE_POINTS = 1 << 16
+_ROUNDS = 3
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -94,11 +93,8 @@ def kmeans(
     _, exponent = math.frexp(float(np.abs(flat).max()))
     points = points_of(flat, weight, -exponent, zero)
     if rate:
-        coarse = points.within(_RATE_POINTS)
-        first = _fit(coarse, clusters, start, seed)
-        unit = rate * points.energy / max(1, points.counted)
-        centroids, lengths = reduce_rate(coarse, first, unit)
-        index = assign_at(np.ldexp(flat.astype(np.float64), -exponent), weight, centroids, lengths * unit)
+        scaled = np.ldexp(flat.astype(np.float64), -exponent)
+        centroids, index = _priced(points, scaled, weight, _fit(points, clusters, start, seed), rate)
     else:
         centroids = _fit(points, clusters, start, seed)
         index = _nearest(flat, np.ldexp(centroids, exponent), len(points.x) + points.pinned <= clusters)
@@ -139,6 +135,32 @@ def _fit(points: Points, clusters: int, start: str, seed: int) -> Floats:
         centroids = _START[start](points, free, np.random.default_rng(seed))
     centroids = np.union1d(centroids, 0.0) if points.pinned else np.unique(centroids)
     return centroids if len(points.x) <= free else _lloyd(points, centroids, clusters)
+
+
+def _priced(
+    points: Points, x: Floats, weight: Floats | None, centroids: Floats, rate: float
+) -> tuple[Floats, NDArray[np.unsignedinteger]]:
+    """Centroids that are worth their words, and each value's; the price is relative to the values' own square."""
+    price = rate * points.energy / max(1, points.counted)
+    centroids, lengths = settle(points, centroids, price)
+    # Values that weigh differently go to different centroids from one place: a few rounds with each value's own weight.
+    for _ in range(0 if weight is None else _ROUNDS):
+        index = _assigned(points, x, weight, centroids, lengths * price)
+        number, mass = np.bincount(index, minlength=len(centroids)), np.bincount(index, weight, len(centroids))
+        total = np.bincount(index, weight * x if weight is not None else x, len(centroids))
+        moves = (mass > 0) & ~((centroids == 0) & points.pinned)
+        centroids = np.where(moves, total / np.where(moves, mass, 1.0), centroids)
+        lengths = word_lengths(number)
+    return centroids, _assigned(points, x, weight, centroids, lengths * price)
+
+
+def _assigned(
+    points: Points, x: Floats, weight: Floats | None, centroids: Floats, prices: Floats
+) -> NDArray[np.unsignedinteger]:
+    index = assign(x, weight, centroids, prices)
+    if points.pinned:
+        index[x == 0] = np.searchsorted(centroids, 0.0)  # however rare zeros are: they stay
+    return index
 
 
 def _linear(points: Points, free: int, chance: np.random.Generator) -> Floats:

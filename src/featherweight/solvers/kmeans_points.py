@@ -56,6 +56,12 @@ class Points:
             weighs &= centroids != 0
         return np.where(weighs, means, other)
 
+    def error(self, cuts: Places, centroids: Floats) -> float:
+        """Σ importance · (x - centroid)² over all runs."""
+        weight, total = np.diff(self.weights[cuts]), np.diff(self.sums[cuts])
+        middle = centroids - self.center
+        return float((np.diff(self.squares[cuts]) - middle * (2 * total - middle * weight)).sum())
+
     def split(self, centroids: Floats, more: int) -> Floats | None:
         """The centroids with `more` added (or as many as there is room for), the worst runs each cut in two; None where
         no run has two points and an error."""
