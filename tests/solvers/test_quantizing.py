@@ -56,6 +56,21 @@ def test_the_polish_never_raises_the_loss() -> None:
         assert polished < plain, solver
 
 
+def test_learned_scales_are_where_a_rows_loss_is_least_and_no_row_is_worse_than_rounded() -> None:
+    """Oracle: the loss at scales a little larger and smaller, the integers held; and each row rounded to nearest."""
+    W, H, _ = layer(12, 30)
+    for spec in (GridSpec(2, symmetric=True), GridSpec(3), GridSpec(4, chunk=10)):
+        nearest, learned = (quantize(W, H, spec, solver=name, damping=0.0) for name in ("nearest", "nearest+scales"))
+        H_used = damp(H, 0.0).H
+        before, after = (row_losses(W, one.grid.values(one.integers), H_used) for one in (nearest, learned))
+        assert bool((after <= before * (1 + 1e-6)).all()) and float(after.sum()) < 0.98 * float(before.sum())
+        for factor in (0.999, 1.001):
+            moved = dataclasses.replace(learned.grid, scale=learned.grid.scale * factor)
+            assert bool((row_losses(W, moved.values(learned.integers), H_used) >= after * (1 - 1e-6)).all())
+        still = quantize(W, H, spec, solver="nearest+scales", damping=0.0, fit_scales=False)
+        assert torch.equal(still.integers, nearest.integers) and torch.equal(still.grid.scale, nearest.grid.scale)
+
+
 def test_each_row_of_the_search_is_at_least_as_good_as_gptq_polished_or_not() -> None:
     """H of few samples: where ADMM does not come to rest, GPTQ's rows are better."""
     W, H, _ = layer(32, 64, samples=70)

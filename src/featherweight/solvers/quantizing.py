@@ -76,8 +76,8 @@ def quantize(
     Saves 32 / bits of the weights' bytes before scales, and time only where a runtime computes with such integers.
     W and H are not changed.
 
-    - `grid`: a `GridSpec`, fitted to W by itself, or a `Grid` as it is. Solvers that end in `+polish` may then improve its
-      scales for the layer's error, unless `fit_scales` is False.
+    - `grid`: a `GridSpec`, fitted to W by itself, or a `Grid` as it is. Solvers that end in `+polish` or `+scales` may then
+      improve its scales for the layer's error, unless `fit_scales` is False.
     - `solver`: a key of `QUANTIZERS`, or `best`: nearest, GPTQ and the best search that `work` (1e9 multiply-adds) pays
       for; the lowest loss wins.
     - `keep_zeros`: weights that are zero, pruned ones, stay exactly zero.
@@ -169,6 +169,23 @@ def _nearest(problem: Quantization) -> Tensor:
     return problem.grid.integers(problem.W.masked_fill(problem.held, 0.0))
 
 
+def nearest_scales(problem: Quantization) -> tuple[Tensor, Grid]:
+    """Learned scales: the nearest integers, and the scales of least loss for them, in turn until neither helps.
+
+    It costs a few products with H and needs no search over integers; rows move only where their loss falls.
+    """
+    integers = _nearest(problem)
+    for _ in range(_TURNS if problem.free_scales else 0):
+        problem = dataclasses.replace(problem, grid=least_squares_scales(problem, integers))
+        nearest = _nearest(problem)
+        old, new = (row_losses(problem.W, problem.grid.values(one), problem.damped.H) for one in (integers, nearest))
+        better = new < old
+        if not bool(better.any()):
+            break
+        integers = torch.where(better[:, None], nearest, integers)
+    return integers, problem.grid
+
+
 def _square(problem: Quantization) -> float:
     return problem.rows * problem.d**2 / 1e9
 
@@ -196,8 +213,12 @@ def _polish_work(problem: Quantization) -> float:
     return 20 * _square(problem)
 
 
+_TURNS = 8
+
+
 QUANTIZERS: dict[str, Quantizer] = {
     "nearest": Quantizer(_on_grid(_nearest), lambda p: p.rows * p.d / 1e9),
+    "nearest+scales": Quantizer(nearest_scales, lambda p: 3 * _TURNS * _square(p)),
     "gptq": Quantizer(_on_grid(gptq), _gptq_work),
     "gptq+polish": Quantizer(_polished(gptq), lambda p: _gptq_work(p) + _polish_work(p)),
     "obq": Quantizer(_on_grid(obq), _obq_work),
