@@ -568,3 +568,27 @@ def test_a_layer_that_has_a_grid_keeps_it() -> None:
 def test_options_are_checked_when_given(options: dict[str, Any], message: str) -> None:
     with pytest.raises(OptionError, match=re.escape(message) if "[" not in message else message):
         fw.Quantize(**options)
+
+
+def test_a_grid_that_stays_has_no_negative_zeros_which_no_integer_is() -> None:
+    task = linear([torch.randn(4, 4)] * 3)
+    values = torch.tensor([[0.5, -0.0, 1.0, -1.5], [-0.0, 0.25, 0.5, 1.75]])
+    task.model[3].weight.data.copy_(values)
+    model, _, _ = run(fw.Quantize(8, **WEIGHTS_ONLY), task)
+    assert torch.equal(model[3].weight, values)
+    assert not bool(torch.signbit(model[3].weight[values == 0]).any())
+    assert not bool(torch.signbit(run(fw.Quantize(2, **WEIGHTS_ONLY), task)[0][0].weight.eq(0).float()).any())
+
+
+def test_a_recipe_takes_the_same_options(tmp_path: Path) -> None:
+    path = tmp_path / "recipe.toml"
+    path.write_text(
+        '[[stages]]\nmethod = "quantize"\nbits = { "*" = 8, "2" = 4 }\nactivations = "static"\nobserver = "mse"\n'
+        'smooth = 0.5\ndense = ["first"]\n'
+    )
+    [method] = fw.load_recipe(path).stages
+    assert method == fw.Quantize({"*": 8, "2": 4}, activations="static", observer="mse", smooth=0.5, dense=("first",))
+    result = fw.compress(linear([torch.randn(8, 4) for _ in range(4)]), path, tmp_path / "out", progress=False)
+    assert sorted(hint.split(":")[1] for hint in result.plan.formats.values()) == ["4", "8"]
+    again = fw.load(linear(None).model, tmp_path / "out")
+    assert torch.equal(again[3].weight, result.model[3].weight)

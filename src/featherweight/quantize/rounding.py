@@ -58,6 +58,8 @@ def round_weight(weight: Weight, rounding: Rounding) -> Rounded:
     matrix = to_matrix(weight, values)
     known = on_grid(weight, rounding)
     if known is not None:
+        if bool((values == 0).logical_and(torch.signbit(values)).any()):
+            reshape_in_place(weight.parameter, values + 0.0)  # -0.0, which no integer is
         return Rounded(f"int:{known.bits}:{known.chunk}", f"keeps its grid of {_bits(known.bits)}", stays=True)
     if spec.bits == 1 and bool((matrix == 0).any()):
         return Rounded("", "has zeros, which 1 bit cannot hold; give 2 or more")

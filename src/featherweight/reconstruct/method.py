@@ -188,7 +188,7 @@ class Reconstruct:
             if line.name in unreached:
                 line = dataclasses.replace(line, action="kept", sparsity=0.0, reason=UNREACHED)
             stage.report({"kind": "selection", "weight": dataclasses.asdict(line)})
-        return Plan(formats=self._formats(problem for problem, _ in chosen.values()))
+        return Plan(formats=self._chunks(chosen.values()) | self._formats(problem for problem, _ in chosen.values()))
 
     def _walk(
         self, model: nn.Module, task: Task, stage: Stage, data: Calibration, chosen: Mapping[str, tuple[Problem, Want]]
@@ -275,6 +275,13 @@ class Reconstruct:
         share, bits = (_last_match(weight, value) for value in (self.sparsity, self.bits))
         grid = None if bits is None else GridSpec(int(bits), self.symmetric, self.chunk)
         return Want(self.pattern, share, grid, self.solver, self.damping, self.budget_bytes // 2, self.work)
+
+    def _chunks(self, solved: Iterable[tuple[Problem, Want]]) -> dict[str, str]:
+        """Hints `int:BITS:CHUNK` where columns share a scale by the chunk: how many, values alone do not say."""
+        if self.chunk is None:
+            return {}
+        on_grid = [(problem, want.grid) for problem, want in solved if want.grid is not None]
+        return {problem.weight.name: f"int:{grid.bits}:{min(self.chunk, problem.d)}" for problem, grid in on_grid}
 
     def _formats(self, solved: Iterable[Problem]) -> dict[str, str]:
         """Hints for the codecs: `nm:N:M:AXIS` for weights all of whose groups are whole. Zeros need no hint."""
