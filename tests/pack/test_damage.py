@@ -29,9 +29,9 @@ def path(tmp_path: Path) -> Path:
     """A small file with every codec, a narrowed tensor and a tie."""
     groups = torch.rand(64, 8) + 0.01
     groups.reshape(-1, 4).scatter_(1, groups.reshape(-1, 4).topk(2, dim=1).indices, 0)
-    bitmask, csr = torch.rand(20, 30) + 0.01, torch.zeros(20, 30)
+    bitmask, csr = torch.rand(20, 30) + 0.01, torch.zeros(10, 60)
     bitmask[torch.rand(20, 30) < 0.5] = 0
-    csr[:, ::17] = 0.1
+    csr[:, ::12] = torch.rand(10, 5) + 0.01
     tensors = {"nm": groups, "bitmask": bitmask, "csr": csr, "half": torch.ones(3), "n": torch.tensor(5)}
     coded = save_file(tmp_path / "f", tensors, {"nm": "nm:2:4:1"}, {"alias": "csr"})
     assert {c.codec.partition(":")[0] for c in coded.values()} == {"nm", "bitmask", "csr", "dense"}

@@ -17,7 +17,7 @@ import numpy as np
 from torch import Tensor
 
 from featherweight.errors import ArtefactError
-from featherweight.pack import bitmask, csr, dense, nm
+from featherweight.pack import bitmask, codebook, csr, dense, entropy, integers, nm
 from featherweight.pack.source import Source, look
 from featherweight.pack.words import Spec, Words, name_of
 
@@ -50,7 +50,15 @@ class Codec(Protocol):
         ...
 
 
-CODECS: dict[str, Codec] = {"dense": dense, "bitmask": bitmask, "csr": csr, "nm": nm}
+CODECS: dict[str, Codec] = {
+    "dense": dense,
+    "bitmask": bitmask,
+    "csr": csr,
+    "nm": nm,
+    "int": integers,
+    "codebook": codebook,
+    "entropy": entropy,
+}
 
 
 @dataclasses.dataclass(frozen=True)

@@ -24,7 +24,7 @@ from featherweight.pack.narrow import check_values, narrow, narrowest, widen
 from featherweight.pack.source import Source
 from featherweight.pack.words import Spec, Words, blank, slices, typed, words
 
-__all__ = ["FLOATS", "MOST_ENTRIES", "Symbols", "check_tables", "read_symbols", "symbols", "words_of"]
+__all__ = ["FLOATS", "MOST_ENTRIES", "Symbols", "check_tables", "indices_of", "read_symbols", "symbols", "words_of"]
 
 FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 MOST_ENTRIES = 1 << 12
@@ -229,7 +229,7 @@ def _in_codebook(source: Source) -> Symbols | None:
 
 def _distinct(source: Source) -> Words | None:
     """The distinct words as numbers in ascending order; None where they are too many to gain by it."""
-    flat, most = source.words, min(MOST_ENTRIES, source.spec.length // 2)
+    flat, most = source.words, min(MOST_ENTRIES, source.nonzeros // 2 + 1)
     # A stretch from the middle first: the beginning may be padding.
     table = flat[:0]
     middle = max(0, len(flat) // 2 - most)
@@ -260,21 +260,26 @@ def _offsets(table: Words) -> NDArray[np.int32]:
     return offsets
 
 
-def _entries(spec: Spec, signed: NDArray[np.int32], book: Tensor) -> Words:
+def indices_of(spec: Spec, signed: NDArray[np.int32], book: Tensor) -> NDArray[np.int32]:
+    """The places in the codebook that numbers stand for. Raises `ArtefactError` where one stands for none."""
     table = widen(book, spec.dtype)
     if np.any(np.diff(_rank(table)) <= 0):
         raise ArtefactError("a codebook is not in ascending order")
     offsets = _offsets(table)
-    # Entries by number, with a place for zero where the codebook has none.
+    # The gap at zero, where the codebook has none, stands for no entry.
     low, high = min(0, int(offsets[0])), max(0, int(offsets[-1]))
     place = np.full(high - low + 1, -1, np.int32)
     place[offsets - low] = np.arange(len(table), dtype=np.int32)
-    if len(signed) and (int(signed.min()) < low or int(signed.max()) > high):
-        raise ArtefactError(f"a number is none of the {len(table)} entries of the codebook")
-    out = blank(spec.length, spec.word)
+    if len(signed) and not low <= int(signed.min()) <= int(signed.max()) <= high:
+        raise ArtefactError(f"a number stands for none of the {len(table)} entries of the codebook")
+    indices = place[signed - low]
+    if len(indices) and int(indices.min()) < 0:
+        raise ArtefactError("a number stands for zero, which the codebook has not")
+    return indices
+
+
+def _entries(spec: Spec, signed: NDArray[np.int32], book: Tensor) -> Words:
+    out, table, indices = blank(spec.length, spec.word), widen(book, spec.dtype), indices_of(spec, signed, book)
     for part in slices(spec.length):
-        index = place[signed[part] - low]
-        if index.min() < 0:
-            raise ArtefactError("a number stands for zero, which the codebook has not")
-        out[part] = table[index]
+        np.take(table, indices[part], out=out[part], mode="clip")
     return out
