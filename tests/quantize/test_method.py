@@ -290,7 +290,7 @@ def test_dynamic_grids_go_to_linear_and_recurrent_layers() -> None:
     model, plan, events = run(fw.Quantize(8, activations="dynamic"), task)
     placed = {edit.layer for edit in plan.edits if isinstance(edit, fw.FakeQuant) and edit.dynamic}
     assert placed == {"lstm", "gru", "head", *(f"attention.{part}" for part in ("q", "k", "v", "out"))}
-    assert "conv: what it reads stays float: dynamic grids are for linear and recurrent layers" in texts(events)
+    assert "What 4 layers read stays float: conv, grouped, depth, up: dynamic grids are for linear and" in texts(events)
     x = torch.randint(0, 20, (3, 9))
     assert float((model(x) - task.model(x)).detach().norm() / task.model(x).detach().norm()) < 0.05
 
@@ -406,7 +406,39 @@ def test_smoothing_helps_where_activations_have_outlier_channels() -> None:
     def error(method: fw.Quantize) -> float:
         return float((run(method, task)[0](x) - model(x)).detach().norm() / model(x).detach().norm())
 
+    assert "smooth: 1 norms and layers" in texts(run(fw.Quantize(activations="static", smooth=0.5), task)[2])
     assert error(fw.Quantize(activations="static", smooth=0.5)) < 0.3 * error(fw.Quantize(activations="static"))
+
+
+def test_scaling_that_does_not_help_is_not_kept() -> None:
+    """α = 0 puts all the spread of the columns into the activations, which share one grid of 16 values."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.LayerNorm(16), nn.Linear(16, 8))
+    model[1].weight.data[:, 3] *= 100.0
+    data = [torch.randn(32, 16) for _ in range(5)]
+    task = fw.Task(model, (data[0],), calibration=data)
+    method = fw.Quantize(16, activations="static", activation_bits=4)
+    plain, _, _ = run(method, task)
+    tried, _, events = run(dataclasses.replace(method, smooth=0.0), task)
+    assert re.search(r"smooth: 1 norms and layers, .*, not kept", texts(events))
+    assert all(torch.equal(a, b) for a, b in zip(plain.state_dict().values(), tried.state_dict().values(), strict=True))
+
+
+def test_smoothing_reaches_convolutions_behind_a_relu() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 8, 3, groups=8), nn.ReLU(), nn.Conv2d(8, 4, 1))
+    with torch.no_grad():
+        model[0].weight[2] *= 50
+        model[2].weight[2] /= 50
+    data = [torch.randn(8, 3, 10, 10) for _ in range(5)]
+    task = fw.Task(model, (data[0],), calibration=data)
+    x = torch.randn(8, 3, 10, 10)
+    method = fw.Quantize(activations="static", correct=())
+
+    def error(method: fw.Quantize) -> float:
+        return float((run(method, task)[0](x) - model(x)).detach().norm() / model(x).detach().norm())
+
+    assert error(dataclasses.replace(method, smooth=0.5)) < 0.3 * error(method)
 
 
 def test_scaling_leaves_weights_on_a_grid_alone() -> None:
@@ -583,11 +615,11 @@ def test_a_grid_that_stays_has_no_negative_zeros_which_no_integer_is() -> None:
 def test_a_recipe_takes_the_same_options(tmp_path: Path) -> None:
     path = tmp_path / "recipe.toml"
     path.write_text(
-        '[[stages]]\nmethod = "quantize"\nbits = { "*" = 8, "2" = 4 }\nactivations = "static"\nobserver = "mse"\n'
+        '[[stages]]\nmethod = "quantize"\nbits = { "*" = 8, "3" = 4 }\nactivations = "static"\nobserver = "mse"\n'
         'smooth = 0.5\ndense = ["first"]\n'
     )
     [method] = fw.load_recipe(path).stages
-    assert method == fw.Quantize({"*": 8, "2": 4}, activations="static", observer="mse", smooth=0.5, dense=("first",))
+    assert method == fw.Quantize({"*": 8, "3": 4}, activations="static", observer="mse", smooth=0.5, dense=("first",))
     result = fw.compress(linear([torch.randn(8, 4) for _ in range(4)]), path, tmp_path / "out", progress=False)
     assert sorted(hint.split(":")[1] for hint in result.plan.formats.values()) == ["4", "8"]
     again = fw.load(linear(None).model, tmp_path / "out")

@@ -23,26 +23,25 @@ _DYNAMIC = ("linear", "transposed linear", "recurrent")
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Chosen:
-    """A line for every weight of the model as it was given, and by name the weights to round and how.
+    """A line for every weight of the model as it was given, and by name to what weights are to be rounded.
 
     `sources` are the names that weights had before the model's structure changed.
     """
 
     lines: tuple[Selected, ...]
-    roundings: Mapping[str, tuple[Weight, Rounding]]
+    roundings: Mapping[str, Rounding]
     sources: Mapping[str, str] = dataclasses.field(default_factory=dict)
+
+    def weights(self, model: nn.Module) -> list[tuple[Weight, Rounding]]:
+        """The weights to round in this model, or in a copy of it."""
+        return [(w, self.roundings[w.name]) for w in weights(model)[0] if w.name in self.roundings]
 
     def renamed(self, model: nn.Module, names: Mapping[str, str]) -> Chosen:
         """The same choice for a model in which some weights have other names: new name -> the one it had."""
         if not names:
             return self
-        found = {weight.name: weight for weight in weights(model)[0]}
-        old = {name: names.get(name, name) for name in found}
-        roundings = {
-            name: (weight, self.roundings[old[name]][1])
-            for name, weight in found.items()
-            if old[name] in self.roundings
-        }
+        old = {weight.name: names.get(weight.name, weight.name) for weight in weights(model)[0]}
+        roundings = {name: self.roundings[before] for name, before in old.items() if before in self.roundings}
         return Chosen(self.lines, roundings, names)
 
     def told(self, rounded: Mapping[str, Rounded]) -> Iterator[Selected]:
@@ -73,9 +72,7 @@ def choose(model: nn.Module, options: Quantize, example_inputs: tuple[Any, ...] 
         if weight.name not in kept and not weight.parameter.numel():
             kept[weight.name] = "it is empty"
     roundings = {
-        weight.name: (weight, _rounding(options, _bits_of(weight, options.bits)))
-        for weight in found
-        if weight.name not in kept
+        weight.name: _rounding(options, _bits_of(weight, options.bits)) for weight in found if weight.name not in kept
     }
     return Chosen(tuple(_lines(model, found, kept, roundings)), roundings)
 
@@ -96,7 +93,7 @@ def _lines(
     model: nn.Module,
     found: Sequence[Weight],
     kept: Mapping[str, str],
-    roundings: Mapping[str, tuple[Weight, Rounding]],
+    roundings: Mapping[str, Rounding],
 ) -> Iterator[Selected]:
     known = {weight.name: weight.kind for weight in found}
     tensors = dict(model.named_parameters(remove_duplicate=False))
@@ -107,7 +104,7 @@ def _lines(
         if name in kept:
             yield Selected(name, kind, shape, size, "kept", 0.0, kept[name])
         else:
-            how = roundings[name][1]
+            how = roundings[name]
             reason = how.half if how.spec is None else f"{how.spec.bits} bits"
             yield Selected(name, kind, shape, size, "quantized", 0.0, reason)
 

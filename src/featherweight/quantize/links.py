@@ -21,20 +21,16 @@ from featherweight.edits.exact import Exact, double, run
 from featherweight.layers import Readers, Weight, from_matrix, read_by, to_matrix, weights
 
 __all__ = [
-    "LINEAR",
-    "READS",
     "Link",
     "column_peaks",
     "find_links",
-    "is_linear",
     "is_norm",
     "row_peaks",
     "scale",
     "without",
 ]
 
-LINEAR = ("linear", "transposed linear")
-READS = (*LINEAR, "conv", "transposed conv")
+_READS = ("linear", "transposed linear", "conv", "transposed conv")
 # A positive factor for each channel passes through these as it is; where one mixes channels, the proof tells.
 _PASSES = frozenset(
     [
@@ -124,17 +120,11 @@ def is_norm(module: nn.Module) -> bool:
     )
 
 
-def is_linear(module: nn.Module) -> bool:
-    """Whether a module's own weight is that of a linear layer."""
-    return any(weight.layer == "" and weight.kind in LINEAR for weight in weights(module)[0])
-
-
 def find_links(
     model: nn.Module,
     inputs: tuple[Any, ...],
     wanted: Callable[[str, nn.Module], bool],
     readers: Collection[str],
-    kinds: Sequence[str] = READS,
 ) -> tuple[tuple[Link, ...], dict[str, str]]:
     """The links from modules that are `wanted` to layers named in `readers`, proved on `inputs`; and why others are none.
 
@@ -146,7 +136,7 @@ def find_links(
     """
     modules = dict(model.named_modules())
     sources = [name for name, module in modules.items() if wanted(name, module)]
-    able = {w.layer for w in weights(model)[0] if w.kind in kinds and not w.aliases}
+    able = {w.layer for w in weights(model)[0] if w.kind in _READS and not w.aliases}
     shared = _shared(model)
     seen = read_by(model, lambda: model(*inputs))
     left: dict[str, str] = {}
@@ -304,7 +294,7 @@ def _put(parameter: Tensor, values: Tensor) -> None:
 def _weight(model: nn.Module, layer: str) -> Weight | None:
     """The weight of a layer of its own, as a matrix of that layer."""
     module = model.get_submodule(layer)
-    return next((w for w in weights(module)[0] if w.layer == "" and w.kind in READS), None)
+    return next((w for w in weights(module)[0] if w.layer == "" and w.kind in _READS), None)
 
 
 def _input_channels(weight: Weight) -> int:

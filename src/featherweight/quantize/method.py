@@ -14,17 +14,17 @@ from typing import Any
 
 from torch import nn
 
-from featherweight.correct import CORRECTIONS, Correction, correct
+from featherweight.correct import CORRECTIONS, Correction, correct, output_error
 from featherweight.edits.effective import reshape_in_place
 from featherweight.edits.undo import remember
 from featherweight.errors import OptionError, check_whole, check_word
 from featherweight.grids import GridSpec
-from featherweight.layers import RULES, Calibration, Selected, draw, refuse_nothing, unwrap
+from featherweight.layers import RULES, Calibration, Selected, Weight, draw, refuse_nothing, unwrap
 from featherweight.plan import Edit, Plan
 from featherweight.quantize.calibrate import Activations, observe, place, saturated
 from featherweight.quantize.chosen import Chosen, choose, reading_layers
 from featherweight.quantize.equalize import equalize
-from featherweight.quantize.links import LINEAR, READS, Link, find_links, is_linear, is_norm, without
+from featherweight.quantize.links import Link, find_links, is_norm, without
 from featherweight.quantize.observers import OBSERVERS
 from featherweight.quantize.prepare import fold_norms, open_attention
 from featherweight.quantize.rounding import HALVES, Rounded, on_grid, round_weight
@@ -49,9 +49,10 @@ class Quantize:
       `observer` takes of calibration data; "dynamic" takes each call's own range, for linear and recurrent layers.
     - fold: BatchNorm goes into the layer before it. With activations only.
     - equalize: weights of layers in a row are scaled against each other so that their channels have like ranges
-      (arXiv 1906.04721, section 4.1). The function stays; tensors that are pruned, tied or on a grid keep their worth.
+      (arXiv 1906.04721, section 4.1). For `per="tensor"`; where rows have scales of their own it mostly does not help.
     - smooth: α of SmoothQuant (arXiv 2211.10438, eq. 4), 0 to 1: activations' outlier channels are scaled down in the
-      norm or layer before, and up in the weights that read them.
+      norm or layer before, and up in the weights that read them. Either leaves the function as it is and weights on a
+      grid alone, and is kept where held-out answers of the rounded model come nearer.
     - correct: what is tried afterwards, as in `Reconstruct`, and kept where held-out answers come nearer.
     - layers, keep, dense: which weights, by globs and rules (`first`, `depthwise`, `output`).
     - samples: how many are drawn of the task's calibration data (else of its training data), and `held_out`, the share
@@ -205,17 +206,15 @@ class _Work:
         self.stage.report({"kind": "message", "text": text})
 
     def plan(self) -> Plan:
-        reading = self.options.reading
-        if reading is not None:
+        if self.options.reading is not None:
             self._open()
         self._scale()
         reference = copy.deepcopy(self.model).eval()
-        rounded = {name: round_weight(w, how) for name, (w, how) in self.chosen.roundings.items()}
+        rounded = self._round(self.model, self.tell)
         done = {name: one for name, one in rounded.items() if one.hint}
-        if reading is not None:
-            self._read(reading, done)
         self._correct(reference, done)
-        self._report(rounded)
+        for line in self.chosen.told(rounded):
+            self.stage.report({"kind": "selection", "weight": dataclasses.asdict(line)})
         return Plan(tuple(self.edits), {name: one.hint for name, one in done.items()})
 
     def _open(self) -> None:
@@ -229,60 +228,98 @@ class _Work:
         for note in notes:
             self.tell(note)
 
-    def _scale(self) -> None:
-        """Values only: ranges shared out between layers in a row, and outliers moved from activations into weights."""
-        if not self.options.equalize and self.options.smooth is None:
-            return
-        forward, inputs = self.task.forward, self.task.example_inputs
-        if self.options.equalize:
-            links = self._links(inputs, lambda module: not is_norm(module), None)
-            self.tell(f"equalize: {len(links)} pairs of layers, by up to {equalize(self.model, links):.3g}")
-        if self.options.smooth is not None and self.data is not None:
-            links = self._links(inputs, lambda module: is_norm(module) or is_linear(module), LINEAR)
-            most = smooth(self.model, links, self.data.fit, forward, self.options.smooth)
-            self.tell(f"smooth: what {len(links)} norms and layers give, by up to {most:.3g}")
+    def _round(self, model: nn.Module, tell: Callable[[str], None]) -> dict[str, Rounded]:
+        """Weights to their grids and, if asked for, grids on what layers read; the model's own edits go into the plan."""
+        rounded = {weight.name: round_weight(weight, how) for weight, how in self.chosen.weights(model)}
+        reading = self.options.reading
+        if reading is not None:
+            done = [weight for weight, _ in self.chosen.weights(model) if rounded[weight.name].hint]
+            edits = self._read(model, reading, done, tell)
+            if model is self.model:
+                self.edits += edits
+        return rounded
 
-    def _links(
-        self, inputs: tuple[Any, ...], wanted: Callable[[nn.Module], bool], kinds: Sequence[str] | None
-    ) -> list[Link]:
+    def _scale(self) -> None:
+        """Values only: ranges shared out between layers in a row, and outliers moved from activations into weights.
+
+        Each is tried on a copy, rounded, and kept where held-out answers come nearer; without such samples it is made.
+        """
+        steps: list[tuple[str, Callable[[nn.Module, list[Link]], float], bool]] = []
+        if self.options.equalize:
+            steps.append(("equalize", equalize, False))
+        if self.options.smooth is not None:
+            steps.append(("smooth", self._smooth, True))
+        best: float | None = None
+        for name, step, norms in steps:
+            links = self._links(name, norms)
+            if not links:
+                continue
+            if best is None:
+                best = self._error(self.model)
+            trial = copy.deepcopy(self.model)
+            most = step(trial, links)
+            after = self._error(trial)
+            kept = after is None or best is None or after < best
+            judged = "not judged" if after is None else f"held-out output error {best:.4g} -> {after:.4g}"
+            self.tell(
+                f"{name}: {len(links)} norms and layers, channels by up to {most:.3g}; {judged}, "
+                f"{'kept' if kept else 'not kept'}"
+            )
+            if kept:
+                step(self.model, links)
+                best = after
+
+    def _smooth(self, model: nn.Module, links: list[Link]) -> float:
+        if self.data is None or self.options.smooth is None:
+            return 1.0
+        return smooth(model, links, self.data.fit, self.task.forward, self.options.smooth)
+
+    def _error(self, model: nn.Module) -> float | None:
+        """The held-out output error that a copy of this model has once it is rounded; None where nothing is held out."""
+        if self.data is None or not self.data.held_out:
+            return None
+        trial = copy.deepcopy(model)
+        self._round(trial, lambda text: None)
+        return output_error(trial, self.model, self.data.held_out, self.task.forward)
+
+    def _links(self, name: str, norms: bool) -> list[Link]:
         """Links between what is to be rounded, but for weights that keep a grid; the others are told with the reason."""
-        layers = {weight.layer for weight, _ in self.chosen.roundings.values()}
-        still = {w.layer: "keeps its grid" for w, how in self.chosen.roundings.values() if on_grid(w, how)}
-        found, left = find_links(
-            self.model,
-            inputs,
-            lambda name, module: wanted(module) and (is_norm(module) or name in layers),
-            layers,
-            kinds or READS,
-        )
+        pairs = self.chosen.weights(self.model)
+        layers = {weight.layer for weight, _ in pairs}
+        still = {weight.layer: "keeps its grid" for weight, how in pairs if on_grid(weight, how)}
+
+        def wanted(source: str, module: nn.Module) -> bool:
+            return (norms and is_norm(module)) or source in layers
+
+        found, left = find_links(self.model, self.task.example_inputs, wanted, layers)
         links, more = without(found, still)
         if left | more:
-            few = [f"{name} ({reason})" for name, reason in (left | more).items()]
-            self.tell(_few("not scaled", few))
+            few = [f"{source} ({reason})" for source, reason in (left | more).items()]
+            self.tell(_few(f"not scaled to {name}", few))
         return links
 
-    def _read(self, reading: Activations, done: Mapping[str, Rounded]) -> None:
+    def _read(
+        self, model: nn.Module, reading: Activations, done: Sequence[Weight], tell: Callable[[str], None]
+    ) -> list[Edit]:
         """Grids on what layers read."""
-        layers, floating = reading_layers(self.model, [self.chosen.roundings[name][0] for name in done], reading.mode)
+        layers, floating = reading_layers(model, done, reading.mode)
         seen = {}
         if reading.mode == "static" and self.data is not None:
-            seen = observe(self.model, layers, self.data.fit, self.task.forward)
+            seen = observe(model, layers, self.data.fit, self.task.forward)
             unreached = [name for name in layers if name not in seen]
             if unreached:
-                self.tell(
-                    _few("left without a grid on what they read, since no calibration sample reached them", unreached)
-                )
+                tell(_few("left without a grid on what they read, since no calibration sample reached them", unreached))
             layers = {name: layer for name, layer in layers.items() if name in seen}
             constant = [name for name in layers if seen[name].low == seen[name].high]
             if constant:
-                self.tell(_few("read one same value throughout the calibration data", constant))
-        for name in layers:
-            edit, _ = place(self.model, name, reading, seen.get(name))
-            self.edits.append(edit)
-        for name, reason in floating.items():
-            self.tell(f"{name}: what it reads stays float: {reason}.")
-        if reading.mode == "static" and self.data is not None and self.data.held_out:
+                tell(_few("read one same value throughout the calibration data", constant))
+        edits: list[Edit] = [place(model, name, reading, seen.get(name))[0] for name in layers]
+        for reason in dict.fromkeys(floating.values()):
+            names = [name for name in floating if floating[name] == reason]
+            tell(f"What {_few('read stays float', names).removesuffix('.')}: {reason}.")
+        if reading.mode == "static" and self.data is not None and self.data.held_out and model is self.model:
             self._count(self.data)
+        return edits
 
     def _count(self, data: Calibration) -> None:
         """How much of held-out samples' activations was outside the ranges."""
@@ -318,10 +355,6 @@ class _Work:
         )
         for one in found:
             self.tell(_sentence(one))
-
-    def _report(self, rounded: Mapping[str, Rounded]) -> None:
-        for line in self.chosen.told(rounded):
-            self.stage.report({"kind": "selection", "weight": dataclasses.asdict(line)})
 
 
 def _few(what: str, names: Sequence[str]) -> str:

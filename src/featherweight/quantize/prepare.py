@@ -57,7 +57,7 @@ def fold_norms(model: nn.Module, example_inputs: tuple[Any, ...], chosen: Chosen
         raise DataError(
             f"The model cannot be called with example_inputs {describe(example_inputs)}: {error}"
         ) from error
-    by_layer = {weight.layer: (weight, how) for weight, how in chosen.roundings.values()}
+    by_layer = {weight.layer: (weight, how) for weight, how in chosen.weights(model)}
     wanted = [edit for edit in folds if edit.layer in by_layer]
     for edit in wanted:
         _fold(model, edit, *by_layer[edit.layer])

@@ -67,7 +67,8 @@ def _peaks(
             mask = at["mask"]
             if mask is not None and x.ndim > 2 and x.shape[:2] == mask.shape:
                 x = x[mask.to(x.device)]
-            own = x.abs().reshape(-1, x.shape[-1]).amax(0).double()
+            axis = -1 - len(getattr(module, "kernel_size", ()))  # a convolution's channels come before its space
+            own = x.abs().movedim(axis, -1).flatten(0, -2).amax(0).double()
             found[source] = torch.maximum(found[source], own) if source in found else own
 
         return hook
