@@ -22,7 +22,7 @@ from featherweight.grids import GridSpec, fit_grid, read_grid
 from featherweight.layers import to_matrix, weights
 from featherweight.state import load_state, save_state
 from tests.models import MODELS
-from tests.quantize.two_processes import quantize_on_rank
+from tests.quantize.two_quantizers import quantize_on_rank
 
 Data = Callable[[int], tuple[Tensor, ...]]
 
@@ -518,7 +518,7 @@ def test_a_row_of_zeros_may_come_to_life_and_constant_rows_are_exact() -> None:
 
 def test_two_processes_learn_the_same_steps_though_their_data_differ(tmp_path: Path) -> None:
     # A server that has imported everything forks both: half the imports, and none of this process's threads.
-    mp.get_context("forkserver").set_forkserver_preload(["tests.quantize.two_processes"])
+    mp.get_context("forkserver").set_forkserver_preload(["tests.quantize.two_quantizers"])
     mp.start_processes(quantize_on_rank, args=(str(tmp_path),), nprocs=2, start_method="forkserver")
     first, second = (load_file(tmp_path / f"{rank}.safetensors") for rank in (0, 1))
     for name, value in first.items():

@@ -104,7 +104,7 @@ class Quantizer:
                 "BatchNorm was not folded: which layer each follows is seen in a forward. Give attach(..., example_inputs)."
             )
             return []
-        roundings = {weight.name: (weight, Rounding(GridSpec(bits, symmetric=True))) for weight, bits in chosen}
+        roundings = {weight.name: Rounding(GridSpec(bits, symmetric=True)) for weight, bits in chosen}
         edits, notes = fold_norms(model, example_inputs, Chosen((), roundings))
         for note in notes:
             self._tell(note)
