@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from featherweight.budget import Iterative, Until
     from featherweight.deploy import export_onnx
     from featherweight.distill import CIRKD, CWD, KL, Attention, Distill, Features
-    from featherweight.edits import Cut, Verified, apply, cut, cut_exported, verify
+    from featherweight.edits import Cut, Verified, apply, cut, cut_exported, saturation, verify
     from featherweight.factorize import Factorize
     from featherweight.graph import Coupling, Group, Trace, trace
     from featherweight.measure import Scorecard, count
@@ -90,6 +90,7 @@ __all__ = [
     "load",
     "load_recipe",
     "mixed_bits",
+    "saturation",
     "save",
     "sensitivity",
     "trace",
@@ -102,7 +103,7 @@ _HOMES = {
     "run": ("Apply", "Result", "compress"),
     "deploy": ("export_onnx",),
     "distill": ("CIRKD", "CWD", "KL", "Attention", "Distill", "Features"),
-    "edits": ("Cut", "Verified", "apply", "cut", "cut_exported", "verify"),
+    "edits": ("Cut", "Verified", "apply", "cut", "cut_exported", "saturation", "verify"),
     "factorize": ("Factorize",),
     "graph": ("Coupling", "Group", "Trace", "trace"),
     "measure": ("Scorecard", "count"),

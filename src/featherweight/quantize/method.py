@@ -59,7 +59,7 @@ class Quantize:
       of them that only judges.
 
     A weight that lies on a grid of at most `bits` already (`Reconstruct(bits=4)`) keeps it. Zeros stay zeros. Activations
-    outside the range saturate; how many did on held-out samples is reported, and `featherweight.edits.saturation` counts
+    outside the range saturate; how many did on held-out samples is reported, and `featherweight.saturation` counts
     them in any other data. Raises `OptionError`, `DataError` for data that is missing or empty, `NothingToCompress`, and
     `NumericalError` for values that are not finite; the model is then as it was.
 
