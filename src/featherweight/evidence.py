@@ -161,12 +161,15 @@ def _export(evidence: Evidence, folder: Path, warnings: list[str], tell: Tell) -
     path.unlink(missing_ok=True)  # an older run's; a failed export must not leave it standing
     model, inputs = evidence.model, evidence.task.example_inputs
     try:
-        made = deploy.export_onnx(model, inputs, path)
+        made = deploy.export_onnx(model, inputs, path, calibration=deploy.calibration_inputs(model, evidence.task))
         parity = deploy.parity(model, path, deploy.sample_inputs(model, inputs))
     except FeatherweightError as error:
         warnings.append(f"No ONNX file that can be trusted: {error}")
         return {"path": None, "error": str(error)}
     facts = {"path": path.name, "opset": made.opset, "bytes": made.bytes, "dynamic_batch": made.dynamic_batch}
+    facts["integers"] = dataclasses.asdict(made.integers)
+    if made.integers.any:
+        warnings.extend(f"model.onnx: {note}" for note in made.notes)
     if not parity.passed:
         warnings.append(f"model.onnx does not answer as the PyTorch model does: {parity.words} Do not deploy it.")
     return {**facts, "notes": list(made.notes), "error": None, "parity": parity.to_dict()}

@@ -22,6 +22,8 @@ from featherweight.report import tables, words
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
+    from featherweight.measure import Latency
+
 __all__ = ["bench", "command"]
 
 
@@ -76,9 +78,12 @@ def bench(
 ) -> dict[str, Any]:
     """Times each of `models` in each runtime, all interleaved; compares each with the first one in the same runtime.
 
+    A quantized ONNX file is timed beside itself in float32 as well, its integers and grids taken out, and `integers` tells
+    of each runtime which layers it computes as what: that int8 is faster is not to be taken for granted.
+
     Raises `OptionError` for a runtime that one of the models cannot run in, `ArtefactError` for files that are missing.
     """
-    from featherweight import measure
+    from featherweight import deploy, measure
 
     threads = threads or len(os.sched_getaffinity(0))
     with tempfile.TemporaryDirectory() as scratch:
@@ -89,11 +94,20 @@ def bench(
         for name in chosen:
             for index, source in enumerate(opened):
                 calls[f"{index} {source.name}", name] = _call(source.open(name, threads, examples), examples)
+        twins = _float_twins(opened, chosen, Path(scratch))
+        for (index, name), file in twins.items():
+            calls[f"{index} float32", name] = _call(deploy.session(file, name, threads), examples)
         items = int(examples[0].shape[0]) if examples and examples[0].ndim else 1
         timed = measure.time_callables(
             {f"{label} {name}": call for (label, name), call in calls.items()}, threads=threads, batch=items, runs=runs
         )
         sizes = [source.bytes() for source in opened]
+        integers = [
+            _integers(
+                opened[index], name, timed[f"{index} float32 {name}"], timed[f"{index} {opened[index].name} {name}"]
+            )
+            for index, name in twins
+        ]
     rows = []
     for name in chosen:
         first = timed[f"0 {opened[0].name} {name}"]
@@ -102,7 +116,38 @@ def bench(
             row = {"model": source.name, "runtime": name, "bytes": sizes[index], "latency": latency.to_dict()}
             rows.append({**row, "comparison": measure.compare(first, latency).to_dict() if index else None})
     shapes = [list(x.shape) for x in examples]
-    return {"inputs": shapes, "threads": threads, "rows": rows, "machine": measure.machine_facts()}
+    facts = {"inputs": shapes, "threads": threads, "rows": rows, "integers": integers}
+    return {**facts, "machine": measure.machine_facts()}
+
+
+def _float_twins(opened: Sequence[_Source], runtimes: Sequence[str], scratch: Path) -> dict[tuple[int, str], Path]:
+    """For each quantized file and each runtime but torch, which has no integers: the same network in float32."""
+    from featherweight import deploy
+
+    found: dict[tuple[int, str], Path] = {}
+    for index, source in enumerate(opened):
+        in_runtimes = [name for name in runtimes if name in deploy.RUNTIMES]
+        if in_runtimes and source.onnx is not None and deploy.is_quantized(source.onnx):
+            twin = scratch / f"{index}-float32.onnx"
+            deploy.without_integers(source.onnx, twin)
+            found |= {(index, name): twin for name in in_runtimes}
+    return found
+
+
+def _integers(source: _Source, runtime: str, before: Latency, after: Latency) -> dict[str, Any]:
+    """What the integers of a file are worth in a runtime, and what became of them there."""
+    from featherweight import deploy, measure
+
+    form = deploy.form_in(source.onnx or "", runtime)
+    comparison = measure.compare(before, after)
+    spoken = tables.spoken(runtime)
+    verdicts = {
+        True: f"{source.name} in {spoken}: its integers are {comparison.words} than the same network in float32.",
+        False: f"{source.name} in {spoken}: its integers are {comparison.words} than the same network in float32: keep that.",
+        None: f"{source.name} in {spoken}: its integers are {comparison.words}, against the same network in float32.",
+    }
+    facts = {"model": source.name, "runtime": runtime, "float32": before.to_dict(), "comparison": comparison.to_dict()}
+    return {**facts, "form": form.to_dict(), "words": f"{verdicts[comparison.faster]} {form.words}"}
 
 
 class _Source:
@@ -194,3 +239,6 @@ def _show(found: Mapping[str, Any]) -> None:
         for row in found["rows"]
     ]
     table(("model", "runtime", "file", "median", "p90", "first call", "n", ""), rows, right=(2, 3, 4, 5, 6))
+    for row in found["integers"]:
+        say()
+        say(row["words"])

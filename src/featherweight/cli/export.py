@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from enum import StrEnum
 from pathlib import Path
@@ -17,6 +18,8 @@ from featherweight.report import words
 
 if TYPE_CHECKING:
     from torch import nn
+
+    from featherweight.task import Task
 
 __all__ = ["command"]
 
@@ -52,29 +55,36 @@ def command(
 ) -> dict[str, Any]:
     """Exports a model to ONNX and checks in ONNX Runtime that the file answers as the PyTorch model does.
 
+    A quantized model becomes a QDQ file of integers; with --task, grids between its layers take their ranges from the
+    task's calibration data.
+
     \b
     Example: featherweight export run --model my_package.nets:make -o model.onnx
     """
     if output is None:
         raise OptionError("Give -o FILE.onnx, the file to write.")
-    net, inputs = _model_and_inputs(folder, model, task, input or ())
+    net, inputs, found = _model_and_inputs(folder, model, task, input or ())
     from featherweight import deploy
 
-    made = deploy.export_onnx(net, inputs, output, opset=opset, dynamic_batch=not static_batch)
+    calibration = None if found is None else deploy.calibration_inputs(net, found)
+    made = deploy.export_onnx(net, inputs, output, opset=opset, dynamic_batch=not static_batch, calibration=calibration)
     parity = deploy.check_parity(net, output, deploy.sample_inputs(net, inputs))
     if not json:
         batch = "any batch size" if made.dynamic_batch else "the example's batch size"
         say(f"{output}  {words.size(made.bytes)}, opset {made.opset}, {batch}")
+        if made.integers.any:
+            say(made.integers.words)
         say(parity.words)
         for note in made.notes:
             say(note)
     facts = {"opset": made.opset, "bytes": made.bytes, "dynamic_batch": made.dynamic_batch, "notes": list(made.notes)}
+    facts["integers"] = dataclasses.asdict(made.integers)
     return {"path": str(output), "format": format.value, **facts, "parity": parity.to_dict()}
 
 
 def _model_and_inputs(
     folder: Path | None, model: str | None, task: str | None, shapes: Sequence[str]
-) -> tuple[nn.Module, tuple[Any, ...]]:
+) -> tuple[nn.Module, tuple[Any, ...], Task | None]:
     if folder is not None and model is None and task is None:
         from featherweight.artefact import read_plan
 
@@ -84,7 +94,11 @@ def _model_and_inputs(
             f"{folder} holds weights and a plan, and needs the class: give --model package.module:factory, which makes "
             f"the model as it was before.{there}"
         )
-    net, inputs = sources.model_and_inputs(model, task, shapes)
+    found = None if task is None or model is not None else sources.make_task(task)
+    if found is None:
+        net, inputs = sources.model_and_inputs(model, task, shapes)
+    else:
+        net, inputs = found.model, sources.parse_inputs(shapes) if shapes else found.example_inputs
     if folder is not None:
         from featherweight.artefact import load
 
@@ -93,4 +107,4 @@ def _model_and_inputs(
             inputs = sources.declared_inputs(folder / "model.onnx", batch=1)
     if inputs is None:
         raise OptionError("Give --input, the shape that the model takes: --input 1x3x224x224, say.")
-    return net, inputs
+    return net, inputs, found

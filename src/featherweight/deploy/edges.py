@@ -6,7 +6,8 @@ output has a grid, and a residual sum is done in integers only where both of its
 edges are found on the exported graph, where they are all there, and none is hidden in Python.
 
 An edge gets a grid where integers can come in and go on. Ops that only move data, pooling and concatenation share one grid
-with what they read, so that they copy integers; where a layer's own grid stands on such an edge, that is the one. Norms,
+with what they read, so that they copy integers; where a layer's own grid stands on such an edge, that is the one. What comes
+through a Relu does without the others' negative values: then a concatenation requantizes it. Norms,
 softmax, activations other than Relu and Clip, and whatever feeds only these, stay in floating point.
 """
 
@@ -42,12 +43,18 @@ class Edges:
 
     classes: tuple[tuple[tuple[Any, ...], Affine | None], ...]
     integer: frozenset[Any]  # values that an integer op makes: all that reads them reads the rounded value
+    clamped: frozenset[Any]  # values behind a Relu or a Clip at 0, which is free where 0 is the grid's least value
     takers: frozenset[Any]  # the integer ops that read values; other readers of a value made in floating point keep it
 
     @property
     def unknown(self) -> list[str]:
         """Names of values whose range has to be recorded."""
-        return [value.name for values, grid in self.classes if grid is None for value in values]
+        return [
+            value.name
+            for values, grid in self.classes
+            for value in values
+            if grid is None or (grid.ends[0] < 0 and value in self.clamped)
+        ]
 
 
 def quantized_by(value: Any) -> Affine | None:
@@ -120,7 +127,17 @@ def find_edges(graph: Any) -> Edges:
     for value in classes.parent:
         groups.setdefault(classes.find(value), []).append(value)
     found = [(tuple(values), _fixed(values)) for values in groups.values()]
-    return Edges(tuple(found), frozenset(integer), frozenset(takers))
+    clamped = frozenset(value for value in integer if _clamped(value))
+    return Edges(tuple(found), frozenset(integer), clamped, frozenset(takers))
+
+
+def _clamped(value: Any) -> bool:
+    """Whether a convolution or a sum gives a value through a Relu or a Clip from 0 on."""
+    node = value.producer()
+    if not is_standard(node, *_CLAMPS) or not is_standard(node.inputs[0].producer(), "Conv", *_JOINS):
+        return False
+    low = constant(node.inputs[1]) if is_standard(node, "Clip") and len(node.inputs) > 1 else None
+    return bool(is_standard(node, "Relu")) or (low is not None and float(low) >= 0)
 
 
 def _sources(node: Any) -> list[Any]:
@@ -180,8 +197,16 @@ def place_edges(edges: Edges, grid_of: Callable[[tuple[str, ...]], Affine]) -> i
     for values, fixed in edges.classes:
         grid = fixed if fixed is not None else grid_of(tuple(value.name for value in values))
         for value in values:
-            if quantized_by(value) is None:
-                new += _place(value, grid, edges)
+            if quantized_by(value) is not None:
+                continue
+            # ONNX Runtime computes a conv in floating point if its Relu has to be done; QLinearConcat takes any grids.
+            alone = grid.ends[0] < 0 and value in edges.clamped
+            own = (
+                next((own for _, own in _markers(value) if own.ends[0] >= 0), None) or grid_of((value.name,))
+                if alone
+                else grid
+            )
+            new += _place(value, own, edges)
     return new
 
 

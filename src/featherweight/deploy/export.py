@@ -34,7 +34,7 @@ from featherweight.deploy.markers import Marks, mark
 from featherweight.deploy.parity import parity
 from featherweight.deploy.qdq import Integers, edges_without_ranges, in_integers, with_edges
 from featherweight.deploy.sessions import flatten_inputs, sort_keys
-from featherweight.deploy.weights import wants_blocks_or_int4
+from featherweight.deploy.weights import on_grids
 from featherweight.errors import ArtefactError, ExportError, FeatherweightError, OptionError, ParityError, require
 from featherweight.layers import unwrap
 from featherweight.measure import eval_copy, run_once
@@ -44,6 +44,9 @@ __all__ = ["Export", "export_onnx"]
 
 # One protobuf message holds less than 2 GiB; the graph itself needs some of it.
 _ONE_FILE_BYTES = 2**31 - 2**25
+
+# The first with int4, scales by blocks, and QuantizeLinear as ONNX's own reference has it.
+_INTEGER_OPSET = 21
 
 _PLAIN, _DECOMPOSED = "torch.export", "torch.export, decomposed"
 _ATTEMPTS = ((_PLAIN, True), (_PLAIN, False), (_DECOMPOSED, True), (_DECOMPOSED, False))
@@ -89,8 +92,8 @@ def export_onnx(
     "batch" in every tensor whose axis 0 is as long as the first one's; a model that fixes it is exported with the
     example's batch, and `notes` says so. What is not a tensor in the inputs becomes a constant. The model stays as it is.
 
-    A quantized model becomes a QDQ file: weights that lie on a grid of 8 bits or fewer are stored as integers (int4 at
-    opset 21 where 4 bits hold them and nothing multiplies them as int8), grids on layers' inputs are QuantizeLinear and
+    A quantized model becomes a QDQ file: weights that lie on a grid of 8 bits or fewer are stored as integers (int4
+    where 4 bits hold them and nothing multiplies them as int8; opset 21 or later), grids on layers' inputs are QuantizeLinear and
     DequantizeLinear. With `calibration` (batches of the model's arguments, a target behind them or not) sums,
     concatenations, pooling and outputs of convolutions get grids as well, from the ranges that they take on it: without
     these, runtimes compute residual networks largely in floating point. See docs/integers.md.
@@ -180,7 +183,7 @@ def _job(model: nn.Module, example_inputs: tuple[Any, ...], opset: int, calibrat
         parameters=parameters,
         calibration=calibration,
         inputs=inputs,
-        opset=max(opset, 21) if wants_blocks_or_int4(parameters.values(), weights_only=not marks.any) else opset,
+        opset=max(opset, _INTEGER_OPSET) if marks.any or on_grids(parameters.values()) else opset,
         input_names=input_names,
         output_names=output_names,
         shapes={name: tree_map(shape, value) for name, value in arguments.items()},

@@ -19,7 +19,8 @@ from numpy.typing import NDArray
 from featherweight.deploy import arithmetic
 from featherweight.deploy.nodes import affine_of, attribute, constant, evaluate, ir, is_standard
 from featherweight.deploy.sessions import available_runtimes, flatten_inputs, session
-from featherweight.errors import ArtefactError
+from featherweight.errors import ArtefactError, DataError
+from featherweight.task import describe
 
 __all__ = ["Agreement", "IntegerReference", "NodeAgreement", "agreement", "agreement_by_node"]
 
@@ -62,6 +63,10 @@ class IntegerReference:
     def values(self, inputs: tuple[Any, ...], forced: Mapping[str, Array] | None = None) -> dict[str, Array]:
         """All values by name. A value that is in `forced` is computed and kept, and read by other nodes as it is there."""
         leaves = [np.asarray(leaf) for leaf in flatten_inputs(inputs)]
+        if len(leaves) != len(self.input_names):
+            raise DataError(
+                f"the file takes {len(self.input_names)} inputs ({', '.join(self.input_names)}), got {describe(inputs)}."
+            )
         found: dict[str, Array] = dict(zip(self.input_names, leaves, strict=True))
         read = dict(found)
         inner = {unit.node for unit in self._units.values()} | {n for u in self._units.values() for n in u.clamps}
@@ -252,7 +257,7 @@ def agreement(
     steps = [_step(value, [answers[i] for answers in expected]) for i, value in enumerate(reference.graph.outputs)]
     found = []
     for runtime in available_runtimes() if runtimes is None else runtimes:
-        engine = session(path, runtime)
+        engine = session(path, runtime, exact=True)
         parts = []
         for example, answers in zip(inputs, expected, strict=True):
             got = engine(*example)
@@ -298,7 +303,7 @@ def agreement_by_node(path: str | Path, inputs: tuple[Any, ...], scratch: Path) 
     model.graph.outputs.extend(value for value in marked if value.name not in outputs)
     probe = scratch / "integers.onnx"
     tools.save(model, str(probe))
-    engine = session(probe)
+    engine = session(probe, exact=True)
     answers = engine(*inputs)
     forced = (
         {n: a.numpy() for n, a in zip(engine.output_names, answers, strict=True)} if isinstance(answers, tuple) else {}

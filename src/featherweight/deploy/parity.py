@@ -82,7 +82,7 @@ def parity(
     Raises `MissingExtra` if the runtime is not installed, and nothing else.
     """
     try:
-        twin, deployed = eval_copy(model), session(path, runtime)
+        twin, deployed = eval_copy(model), session(path, runtime, exact=True)
     except ImportError:
         raise
     except FeatherweightError as error:

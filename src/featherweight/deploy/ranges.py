@@ -6,20 +6,22 @@ The least and largest value of each are reduced in the graph, so that a batch le
 
 from __future__ import annotations
 
+import inspect
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from torch import Tensor
+from torch import Tensor, nn
 
 from featherweight.deploy.nodes import Affine, ir
 from featherweight.deploy.sessions import flatten_inputs, session
 from featherweight.errors import DataError, NumericalError
-from featherweight.task import describe
+from featherweight.measure import eval_copy
+from featherweight.task import Task, describe
 
-__all__ = ["affine", "call_inputs", "record_ranges"]
+__all__ = ["affine", "calibration_inputs", "call_inputs", "record_ranges"]
 
 
 def record_ranges(
@@ -36,7 +38,13 @@ def record_ranges(
     found = dict.fromkeys(names, (0.0, 0.0))
     batches = 0
     for batch in calibration:
-        answers = engine(*call_inputs(batch, len(engine.input_names)))
+        arguments = call_inputs(batch, len(engine.input_names))
+        # Grids on inputs make integers of NaN, so that no value behind them would show it.
+        if not all(np.isfinite(np.asarray(leaf)).all() for leaf in flatten_inputs(arguments)):
+            raise NumericalError(
+                f"An input is NaN or infinite on batch {batches} of the calibration data. Nothing was written."
+            )
+        answers = engine(*arguments)
         answers = answers if isinstance(answers, tuple) else (answers,)
         for index, name in enumerate(names):
             low, high = float(answers[2 * index]), float(answers[2 * index + 1])
@@ -93,6 +101,39 @@ def call_inputs(batch: Any, count: int) -> tuple[Any, ...]:
         f"A calibration batch is {describe(batch)}, and the model takes {count} tensors. Give batches of its arguments, "
         "with or without a target behind them."
     )
+
+
+def calibration_inputs(model: nn.Module, task: Task, samples: int = 512) -> Iterator[tuple[Any, ...]] | None:
+    """The model's arguments on the task's calibration data (or its training data), for `samples` samples or a batch more.
+
+    None where the task has no data. The task's `forward` decides how a batch is given to the model; its call is caught.
+    """
+    data = task.calibration if task.calibration is not None else task.train
+    return None if data is None else _caught(eval_copy(model), task, data, samples)
+
+
+class _Caught(Exception):
+    def __init__(self, arguments: tuple[Any, ...]) -> None:
+        self.arguments = arguments
+
+
+def _caught(twin: nn.Module, task: Task, data: Iterable[Any], samples: int) -> Iterator[tuple[Any, ...]]:
+    signature = inspect.signature(twin.forward)
+
+    def catch(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        raise _Caught(signature.bind(*args, **kwargs).args)
+
+    twin.register_forward_pre_hook(catch, prepend=True, with_kwargs=True)
+    seen = 0
+    for batch in data:
+        if seen >= samples:
+            return
+        try:
+            task.forward(twin, batch)
+        except _Caught as caught:
+            sizes = [leaf.shape[0] for leaf in flatten_inputs(caught.arguments) if leaf.ndim]
+            seen += sizes[0] if sizes else 1
+            yield caught.arguments
 
 
 def affine(ranges: Iterable[tuple[float, float]]) -> Affine:

@@ -20,7 +20,7 @@ from torch import Tensor
 from featherweight.deploy.nodes import add_node, attribute, constant, ir, is_standard, new_constant
 from featherweight.grids import Grid, read_grid
 
-__all__ = ["Weights", "integer_weights", "wants_blocks_or_int4"]
+__all__ = ["Weights", "integer_weights", "on_grids"]
 
 # Below this, scales and nodes weigh more than what integers save.
 _LEAST = 256
@@ -48,10 +48,12 @@ class Weights:
         """In sentences."""
         found = []
         if self.stored:
-            found.append(f"Weights are integers in the file, and floats to every runtime: {', '.join(self.stored)}.")
+            found.append(
+                f"Weights are integers in the file, and floats to every runtime: {', '.join(dict.fromkeys(self.stored))}."
+            )
         if self.uneven:
             found.append(
-                f"Computed in floating point: {', '.join(self.uneven)}. Integer kernels take weights without zero points "
+                f"Computed in floating point: {', '.join(dict.fromkeys(self.uneven))}. Integer kernels take weights without zero points "
                 "and with one scale a row: quantize with symmetric=True and without chunk."
             )
         return found
@@ -73,14 +75,16 @@ class _Integers:
         return self.scale.shape[1] == 1 and not self.zero_point.any()
 
 
-def wants_blocks_or_int4(parameters: Iterable[Tensor], *, weights_only: bool) -> bool:
-    """Whether some weight needs opset 21: one with a scale for each chunk of a row, or of 4 bits that no kernel takes as int8."""
-    for parameter in parameters:
-        if parameter.ndim == 2 and parameter.numel() >= _LEAST and parameter.is_floating_point():
-            integers = _read(parameter.detach().cpu().float(), chunks=_CHUNKS)
-            if integers is not None and (integers.scale.shape[1] > 1 or (weights_only and integers.four)):
-                return True
-    return False
+def on_grids(parameters: Iterable[Tensor]) -> bool:
+    """Whether some weight lies on a grid of 8 bits or fewer, a scale for each row or each chunk of rows."""
+    found = (
+        p.detach().cpu().float() for p in parameters if p.ndim > 1 and p.numel() >= _LEAST and p.is_floating_point()
+    )
+    return any(
+        _read(matrix, _CHUNKS) is not None and bool(matrix.any())
+        for p in found
+        for matrix in ((p.flatten(1), p.transpose(0, 1).flatten(1)) if p.ndim > 2 else (p,))
+    )
 
 
 def integer_weights(model: Any, parameters: Mapping[str, Tensor], *, int4: bool) -> Weights:
