@@ -11,8 +11,8 @@ wrong.
 
 What can be missed: a value w = k s that is known to a relative u only (2^-24 in float32, 2^-11 in float16, 2^-8 in
 bfloat16) tells k where 2 u k < 1/2, which holds for all 16 bits in float32. In half precisions the scale is narrowed down
-by small k before large k are read, which finds what was rounded to 8 bits, and mostly to more; a grid whose k stay
-ambiguous is not found.
+by small k before large k are read, as far as the type's own precision goes: 11 bits in float16, 8 in bfloat16, where a few
+grids of 7 and 8 bits are not found because k stays ambiguous.
 """
 
 from __future__ import annotations
@@ -36,6 +36,7 @@ _ENDS = 3  # float32 numbers that may be too many at an end of a scale's interva
 _BUDGET = 1 << 20  # elements of a temporary
 _LONG = 1 << 18  # columns of a chunk beyond which its distinct values are found first
 _SAMPLE = 16, 1024  # rows and columns that are looked at first
+_PRECISION = {torch.float16: 11, torch.bfloat16: 8}
 _UNIT = {torch.float16: 2.0**-11, torch.bfloat16: 2.0**-8, torch.float32: 2.0**-24, torch.float64: 2.0**-52}
 
 
@@ -66,8 +67,11 @@ def read_grid(W: Tensor, *, most_bits: int = 8, chunk: int | None = None) -> Gri
     if W.dtype not in _UNIT or not W.numel():
         return None
     chunk = d if chunk is None else min(chunk, d)
-    columns = min(d, max(1, _SAMPLE[1] // chunk) * min(chunk, _SAMPLE[1]))
-    if _read(W[:: -(-rows // _SAMPLE[0]), :columns], min(chunk, columns), most_bits) is None:
+    some = W[:: -(-rows // _SAMPLE[0])]
+    # An odd stride, lest a pattern of zeros is all that is seen.
+    some = some[:, : _SAMPLE[1] // chunk * chunk] if chunk <= _SAMPLE[1] else some[:, : chunk : chunk // _SAMPLE[1] | 1]
+    most_bits = min(most_bits, _PRECISION.get(W.dtype, MOST_BITS))
+    if _read(some, min(chunk, some.shape[1]), most_bits) is None:
         return None
     if chunk > _LONG:
         # Temporaries of such chunks would be large, and their distinct values say it all.
@@ -170,10 +174,19 @@ def _scales(pieces: Tensor, most_bits: int) -> Tensor | None:
         trial[left] += torch.where(hit, fits.to(torch.uint8).argmax(1), count)[:, None]
         tried = left[hit]
         low, high = (end[tried] / trial[tried] for end in (anchor.low, anchor.high))
+        first, last = _integers(every.rows(tried), low, high)
+        # A value that a candidate fails on is a probe from now on, for the next candidates are like it.
+        missed = (last < first).to(torch.uint8).max(1)
+        failed = missed.values.bool()
+        at = torch.stack((tried, missed.indices))[:, failed]
+        for known, probe in zip(every, probes, strict=True):
+            probe[at[0], trial[at[0], 0].long() % probe.shape[1]] = known[at[0], at[1]]
+        trial[at[0]] += 1
+        tried, low, high = tried[~failed], low[~failed], high[~failed]
         fitted, exact = _fit(pieces[tried].abs(), every.rows(tried), low, high)
         scale[tried[exact]] = fitted[exact]
         trial[tried[~exact]] += 1
-        left = torch.cat((left[~hit], tried[~exact]))
+        left = torch.cat((left[~hit], at[0], tried[~exact]))
         if bool((trial[left] > limit[left]).any()):
             return None
     return scale

@@ -10,6 +10,7 @@ by chance is stored so, and one that lost its grid to a later stage is not.
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Iterator, Mapping
 
 import numpy as np
@@ -32,6 +33,7 @@ _MOST_BITS = 16
 _FEWEST = 16  # elements; a smaller tensor gains nothing
 _CHUNKS = 256, 128, 64, 32  # tried where no hint names one
 _GOOD = 8  # bits; finer layouts are tried as long as a coarser one needs more
+_EVIDENCE = 8  # non-zeros a scale, on average, from which on grids of more bits than that are looked for
 _BLOCK = 1 << 18
 
 
@@ -172,7 +174,9 @@ def _grid(source: Source, layout: Layout, sample: bool = False) -> Grid | None:
     matrix = matrix.view(layout.size(source.spec.shape))
     if sample:
         matrix = matrix[:: -(-len(matrix) // 4), : 2 * (layout.chunk or 64)]
-    return read_grid(matrix, most_bits=_MOST_BITS, chunk=layout.chunk or None)
+    # Two or three values are on some fine grid by chance: it takes long to find and saves nothing.
+    few = source.nonzeros < _EVIDENCE * math.prod(layout.pieces(source.spec.shape))
+    return read_grid(matrix, most_bits=_GOOD if few else _MOST_BITS, chunk=layout.chunk or None)
 
 
 def _numbers(source: Source, layout: Layout, scale: NDArray[np.float32]) -> NDArray[np.int32]:
