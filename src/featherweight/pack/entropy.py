@@ -10,7 +10,9 @@ the header takes 80 bytes, more than many a bias.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
+from typing import Any
 
 import numpy as np
 import torch
@@ -20,9 +22,9 @@ from torch import Tensor
 from featherweight.errors import ArtefactError
 from featherweight.pack import adaptive
 from featherweight.pack.source import Source
-from featherweight.pack.streams import CODERS, SPLITS, Reader, read_stream, tokens_of, varint, write_stream
+from featherweight.pack.streams import CODERS, Reader, information, read_stream, varint, write_stream
 from featherweight.pack.symbols import Symbols, check_tables, symbols, words_of
-from featherweight.pack.words import Spec, Words, typed, words
+from featherweight.pack.words import Spec, Words, slices, typed, words
 
 __all__ = ["PARTS", "check", "decode", "encode", "propose"]
 
@@ -31,7 +33,8 @@ PARTS: tuple[str, ...] = ("coded",)
 VERSION = 1
 _DENSE, _SPARSE = 0, 1
 _WORDS_A_BYTE = 1 << 16  # a tensor larger than this many words for each of its bytes is left to other codecs
-_SMALL = 1 << 16  # weights that `adaptive` codes unasked: a quarter of a second, for a tenth of the bytes
+# What `adaptive` is tried on unasked, with a non-zero as six zeros: a quarter of a second. It must save 3 % then.
+_WORK, _NONZERO, _GAIN = 1 << 17, 6, 0.97
 _MEDIUM = 1 << 20
 _LARGEST = 1 << 24  # and those that it codes at all
 _LARGEST_NUMBER = 1 << 30
@@ -42,19 +45,25 @@ _TYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)  # by num
 def propose(source: Source, hint: tuple[str, ...]) -> Iterator[tuple[str, int]]:
     """True sizes: of the view that the static coders make least of, and of those with few levels for `adaptive`.
 
-    What was encoded to know is kept until it is written. `adaptive` is tried on small tensors, and where the hint ends in
-    its name. Huffman codes are not tried on large ones: there a table is nothing, and rANS is closer to the entropy.
+    What was encoded to know is kept until it is written. `adaptive` is tried where the hint ends in its name, and on small
+    tensors, where it must save what its slowness costs. Huffman codes are not tried on large ones: there a table is
+    nothing, and rANS is closer to the entropy.
     """
     views = sorted(symbols(source), key=_information)
     if not views or _information(views[0]) >= source.spec.length * source.width:
         return
-    count = source.spec.length
+    count, asked = source.spec.length, "adaptive" in hint
     trials = [("rans", views[0]), *((("huffman", views[0]),) if count <= _MEDIUM else ())]
-    if count <= (_LARGEST if "adaptive" in hint else _SMALL):
+    if count + _NONZERO * source.nonzeros <= _WORK or (asked and count <= _LARGEST):
         fewest = min(_levels(view) for view in views)
         trials += [("adaptive", view) for view in views if _levels(view) <= 2 * fewest]
+    least = math.inf
     for coder, view in trials:
         coded = _encode(source.spec, view, coder)
+        if coder != "adaptive":
+            least = min(least, len(coded))
+        elif not asked and len(coded) > _GAIN * least:
+            continue
         if count <= len(coded) * _WORDS_A_BYTE:
             text = ":".join((view.kind, *view.params, coder))
             source.kept[text] = coded
@@ -71,13 +80,7 @@ def encode(source: Source, params: tuple[str, ...]) -> dict[str, Tensor]:
 
 def _information(view: Symbols) -> float:
     """Bytes that a static coder will need, about: the scales or entries, and all tokens by their entropy."""
-    counts = np.bincount(view.signed - view.signed.min())
-    used = np.flatnonzero(counts)
-    tokens, width = tokens_of(_unsigned(used.astype(np.int32) + view.signed.min()), SPLITS[-1])
-    counts = counts[used]
-    by_token = np.bincount(tokens, counts)[np.unique(tokens)]
-    bits = float((by_token * np.log2(len(view.signed) / by_token)).sum() + (counts * width).sum())
-    return bits / 8 + len(by_token) + sum(table.nbytes for table in view.tables.values())
+    return information(_unsigned(view.signed), 0)[0] + sum(table.nbytes for table in view.tables.values())
 
 
 def _levels(view: Symbols) -> int:
@@ -89,16 +92,14 @@ def _encode(spec: Spec, view: Symbols, coder: str) -> bytes:
     head = bytes([VERSION, _TYPES.index(table.dtype)]) + varint(table.numel()) + words(table).tobytes()
     if coder == "adaptive":
         return head + adaptive.encode(view.signed, _columns(spec))
-    count = len(view.signed)
-    forms = [bytes([_DENSE]) + write_stream(_unsigned(view.signed), coder, count)]
-    at = np.flatnonzero(view.signed)
-    if 0 < len(at) < count:
-        # Where each word has a lane's step to itself, sparse numbers decode faster too.
-        runs = np.diff(at, prepend=-1) - 1
-        values = _unsigned(view.signed[at]) - 1
-        sparse = write_stream(runs, coder, count) + write_stream(values, coder, count)
-        forms.append(bytes([_SPARSE]) + varint(len(at)) + sparse)
-    return head + min(forms, key=len)
+    count, at = len(view.signed), np.flatnonzero(view.signed)
+    dense, values = _unsigned(view.signed), _unsigned(view.signed[at]) - 1
+    runs = np.diff(at, prepend=-1) - 1
+    sizes = [information(stream, count)[0] for stream in (dense, runs, values)]
+    if not 0 < len(at) < count or sizes[0] <= sizes[1] + sizes[2]:
+        return head + bytes([_DENSE]) + write_stream(dense, coder, count)
+    sparse = write_stream(runs, coder, count) + write_stream(values, coder, count)
+    return head + bytes([_SPARSE]) + varint(len(at)) + sparse
 
 
 def _unsigned(signed: NDArray[np.int32]) -> NDArray[np.int64]:
@@ -107,9 +108,13 @@ def _unsigned(signed: NDArray[np.int32]) -> NDArray[np.int64]:
     return np.where(wide > 0, 2 * wide - 1, -2 * wide)
 
 
-def _signed(unsigned: NDArray[np.int64]) -> NDArray[np.int32]:
-    half = (unsigned + 1) >> 1
-    return np.where(unsigned & 1, half, -half).astype(np.int32)
+def _signed(unsigned: NDArray[np.integer[Any]]) -> NDArray[np.int32]:
+    signed = np.empty(len(unsigned), np.int32)
+    for part in slices(len(unsigned)):
+        wide = unsigned[part].astype(np.int32)
+        half = (wide + 1) >> 1
+        signed[part] = np.where(wide & 1, half, -half)
+    return signed
 
 
 def _columns(spec: Spec) -> int:
@@ -155,14 +160,14 @@ def _read_numbers(reader: Reader, count: int, coder: str) -> NDArray[np.int32]:
     runs = read_stream(reader, stored, coder, count)
     values = read_stream(reader, stored, coder, count)
     # Each run by itself first: the sum of forged ones could go round and come out small.
-    if int(runs.max()) >= count or int(runs.sum()) + stored > count:
+    if int(runs.max()) >= count or int(runs.sum(dtype=np.int64)) + stored > count:
         raise ArtefactError(f"the runs between {stored} numbers lead beyond the {count} that there are")
     signed = np.zeros(count, np.int32)
-    signed[np.cumsum(runs + 1) - 1] = _signed(_bounded(values) + 1)
+    signed[np.cumsum(runs.astype(np.int64) + 1) - 1] = _signed(_bounded(values).astype(np.int64) + 1)
     return signed
 
 
-def _bounded(values: NDArray[np.int64]) -> NDArray[np.int64]:
+def _bounded(values: NDArray[np.integer[Any]]) -> NDArray[np.integer[Any]]:
     if int(values.max(initial=0)) >= _LARGEST_NUMBER:
         raise ArtefactError(f"the coded data hold a number of {int(values.max()).bit_length()} bits")
     return values

@@ -21,10 +21,11 @@ from featherweight.errors import ArtefactError
 from featherweight.pack import huffman, rans
 from featherweight.pack.bits import bytes_of, pack_fields, unpack_fields
 
-__all__ = ["CODERS", "SPLITS", "Reader", "lanes_for", "read_stream", "tokens_of", "varint", "write_stream"]
+__all__ = ["CODERS", "Reader", "information", "lanes_for", "read_stream", "varint", "write_stream"]
 
 CODERS = ("huffman", "rans")
 SPLITS = (3, 8)
+_COUNTED = 1 << 20  # integers below this are counted in a table
 _MOST_TOKENS = 1 << 10
 _FEWEST_STEPS = 1024
 _WORDS_A_STEP = 256
@@ -82,18 +83,28 @@ def lanes_for(count: int, words: int) -> int:
     return min(_MOST_LANES, 1 << max(0, (-(-count // steps) - 1).bit_length()))
 
 
+def information(values: NDArray[np.integer[Any]], words: int) -> tuple[float, int]:
+    """Bytes that a stream of these integers will take, lanes included, about; and the split that makes it so."""
+    counts = np.bincount(values) if values.max(initial=0) < _COUNTED else None
+    unique = np.flatnonzero(counts) if counts is not None else np.unique(values)
+    found = counts[unique] if counts is not None else np.unique(values, return_counts=True)[1]
+    lanes = 3.0 * lanes_for(len(values), words)
+    splits = SPLITS if unique.max(initial=0) >= 1 << SPLITS[0] else SPLITS[:1]
+    return min((lanes + _cost(unique, found, split), split) for split in splits)
+
+
+def _cost(unique: NDArray[np.integer[Any]], counts: NDArray[np.integer[Any]], split: int) -> float:
+    tokens, width = _tokens(unique, split)
+    by_token = np.bincount(tokens, counts)
+    used = by_token[by_token > 0]
+    bits = float((used * np.log2(used.sum() / used)).sum() + (counts * width).sum())
+    return bits / 8 + len(by_token) * _LEVEL_BITS / 8
+
+
 def write_stream(values: NDArray[np.integer[Any]], coder: str, words: int) -> bytes:
     """The integers as bytes that tell their table, and not their count. `words` is how many words they restore."""
-    return min((_write(values, coder, words, split) for split in _splits(values)), key=len)
-
-
-def _splits(values: NDArray[np.integer[Any]]) -> tuple[int, ...]:
-    """One where both would give the same tokens, as below 8."""
-    return SPLITS if values.max(initial=0) >= 1 << SPLITS[0] else SPLITS[:1]
-
-
-def _write(values: NDArray[np.integer[Any]], coder: str, words: int, split: int) -> bytes:
-    tokens, width = tokens_of(values, split)
+    _, split = information(values, words)
+    tokens, width = _tokens(values, split)
     counts = np.bincount(tokens)
     lanes = lanes_for(len(values), words)
     context = np.zeros(len(tokens), np.uint8)
@@ -108,7 +119,7 @@ def _write(values: NDArray[np.integer[Any]], coder: str, words: int, split: int)
     return head + table.tobytes() + varint(len(coded)) + coded.tobytes() + b"".join(plain)
 
 
-def read_stream(reader: Reader, count: int, coder: str, words: int) -> NDArray[np.int64]:
+def read_stream(reader: Reader, count: int, coder: str, words: int) -> NDArray[np.integer[Any]]:
     """`count` integers. Raises `ArtefactError` for bytes that `write_stream` does not write."""
     lanes, split, tokens = lanes_for(count, words), reader.byte(), reader.varint()
     if split not in SPLITS or tokens > _MOST_TOKENS:
@@ -127,7 +138,7 @@ def read_stream(reader: Reader, count: int, coder: str, words: int) -> NDArray[n
     return _integers(found, split, reader)
 
 
-def tokens_of(values: NDArray[np.integer[Any]], split: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+def _tokens(values: NDArray[np.integer[Any]], split: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
     """The token of each integer, and how many plain bits follow it."""
     large = values >= 1 << split
     bits = np.zeros(len(values), np.int64)
@@ -137,10 +148,12 @@ def tokens_of(values: NDArray[np.integer[Any]], split: int) -> tuple[NDArray[np.
     return token, width
 
 
-def _integers(tokens: NDArray[np.uint16], split: int, reader: Reader) -> NDArray[np.int64]:
-    values = tokens.astype(np.int64)
-    large = np.flatnonzero(values >= 1 << split)
+def _integers(tokens: NDArray[np.uint16], split: int, reader: Reader) -> NDArray[np.integer[Any]]:
+    """As 16 bits where none is larger than its token: of a large tensor, memory is what takes the time."""
+    large = np.flatnonzero(tokens >= 1 << split)
+    values: NDArray[np.integer[Any]] = tokens
     if len(large):
+        values = tokens.astype(np.int64)
         code = values[large] - (1 << split)
         width = (code >> 2) + split - 2
         if int(width.max()) > _LONGEST - 3:
