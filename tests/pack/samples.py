@@ -1,8 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
 """Tensors to pack: random bit patterns of every type, with as many zeros as asked for and every odd value there is."""
 
+import contextlib
+from collections.abc import Iterator
+from unittest import mock
+
 import numpy as np
 import torch
+
+from featherweight.pack.codecs import CODECS
 
 DTYPES = [
     *(torch.bool, torch.uint8, torch.int8, torch.uint16, torch.int16, torch.uint32, torch.int32, torch.uint64),
@@ -40,3 +46,14 @@ def random_tensor(dtype: torch.dtype, shape: tuple[int, ...], sparsity: float, s
     if dtype == torch.complex128 and not count:
         return torch.empty(shape, dtype=dtype)
     return flat8.view(dtype).reshape(shape)
+
+
+@contextlib.contextmanager
+def only(*kinds: str) -> Iterator[None]:
+    """Packing knows these codecs alone, for tests of one that another would be smaller than."""
+    with mock.patch.dict(CODECS, {kind: CODECS[kind] for kind in kinds}, clear=True):
+        yield
+
+
+FLOATS = "dense", "bitmask", "csr", "nm"
+"""The codecs that keep values as floating-point numbers."""

@@ -16,7 +16,7 @@ from torch import nn
 from featherweight.pack import code, load_file, save_file
 from featherweight.pack.codecs import CODECS
 from featherweight.pack.source import look
-from tests.pack.samples import random_tensor
+from tests.pack.samples import FLOATS, only, random_tensor
 
 ROWS, COLUMNS = 200, 1000
 N = ROWS * COLUMNS
@@ -42,6 +42,7 @@ def csr_bytes(tensor: torch.Tensor, width: int) -> dict[str, int]:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
 @pytest.mark.parametrize("sparsity", [0.0, 0.02, 0.3, 0.5, 0.75, 0.85, 0.9, 0.95, 0.99, 0.9999, 1.0])
+@only(*FLOATS)
 def test_the_smallest_of_all_forms_is_taken_and_has_the_size_of_its_formula(
     tmp_path: Path, sparsity: float, dtype: torch.dtype
 ) -> None:
@@ -103,6 +104,7 @@ def test_a_stale_or_senseless_hint_costs_nothing_here_and_never_correctness(tmp_
 @given(
     st.lists(st.integers(0, 40), min_size=1, max_size=120), st.sampled_from([torch.float64, torch.int16, torch.int8])
 )
+@only(*FLOATS)
 def test_no_form_would_have_been_smaller_whatever_the_runs_of_zeros(runs: list[int], dtype: torch.dtype) -> None:
     """Dense has one part and so eighty bytes in hand against the others, which have two."""
     ends = torch.tensor(runs).add(1).cumsum(0) - 1
@@ -114,6 +116,7 @@ def test_no_form_would_have_been_smaller_whatever_the_runs_of_zeros(runs: list[i
     assert coded.coded_bytes - 80 * coded.codec.startswith("dense") == smallest
 
 
+@only(*FLOATS)
 def test_csr_gives_way_to_the_bitmask_at_the_very_filler_that_makes_it_larger() -> None:
     """Runs of one zero fit into one bit, where a mask takes two; each run of two zeros costs a filler of 65 bits."""
     found = []
@@ -128,12 +131,14 @@ def test_csr_gives_way_to_the_bitmask_at_the_very_filler_that_makes_it_larger() 
     assert found == ["csr:1"] * 6 + ["bitmask"] * 6
 
 
+@only(*FLOATS)
 def test_nan_is_stored_in_bf16_or_whole_since_processors_differ_on_nan_in_fp16() -> None:
     assert code({"w": torch.tensor([1.0, float("nan")] * 64)})["w"].codec == "dense:bf16"
     assert code({"w": torch.tensor([1 + 2**-10, float("nan")] * 64)})["w"].codec == "dense:fp32"
 
 
 @pytest.mark.parametrize(("dtype", "codec"), [(torch.float16, "dense:fp16"), (torch.bfloat16, "dense:bf16")])
+@only(*FLOATS)
 def test_float32_that_was_rounded_to_half_precision_is_stored_in_half(dtype: torch.dtype, codec: str) -> None:
     weight = torch.randn(5000).to(dtype).float()
     weight[1] = 1e30 if dtype == torch.bfloat16 else 1 + 2**-10  # so that the other type does not hold it
@@ -154,6 +159,7 @@ def test_code_tells_what_save_file_does(tmp_path: Path) -> None:
     assert save_file(tmp_path / "f", tensors) == code(tensors)
 
 
+@only(*FLOATS)
 def test_a_small_bias_is_not_split_to_save_less_than_its_entry_in_the_header_costs() -> None:
     bias = torch.tensor([0.1, 0.0, 0.2, 0.0] * 4)
     assert code({"bias": bias})["bias"].codec == "dense:fp32"
