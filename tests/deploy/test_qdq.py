@@ -8,7 +8,7 @@ import onnx
 import onnx.reference
 import pytest
 import torch
-from onnx import numpy_helper
+from onnx import helper, numpy_helper
 from torch import Tensor, nn
 
 from featherweight.deploy import (
@@ -23,6 +23,7 @@ from featherweight.deploy import (
     session,
     without_integers,
 )
+from featherweight.deploy.ranges import record_ranges
 from featherweight.errors import DataError, NumericalError
 from featherweight.task import Task
 from tests.deploy.quantized import Block, Words, on_grid, quantized
@@ -165,12 +166,30 @@ def test_without_calibration_only_layers_inputs_have_grids_and_a_note_says_so(tm
         ([], DataError, "calibration is empty: it yielded no batch"),
         ([("text", 1)], DataError, r"tuple\(str, int\), and the model takes 1 tensors"),
         ([torch.full((1, 3, 17, 17), torch.nan)], NumericalError, "NaN or infinite on batch 0"),
+        ([torch.full((1, 3, 17, 17), 1e30)], NumericalError, "doubled is NaN or infinite on batch 0"),
     ],
 )
-def test_calibration_that_gives_no_range_is_refused_and_nothing_is_written(calibration, error, words, tmp_path) -> None:
-    model = quantized(Block(), (IMAGES,))
+def test_calibration_that_gives_no_range_is_refused(calibration, error, words, tmp_path) -> None:
+    nodes = [
+        helper.make_node("Mul", ["x", "x"], ["squared"]),
+        helper.make_node("Add", ["squared", "squared"], ["doubled"]),
+    ]
+    shape = [None, 3, 17, 17]
+    values = [helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, shape) for name in ("x", "doubled")]
+    graph = helper.make_graph(nodes, "squares", values[:1], values[1:])
+    path = tmp_path / "squares.onnx"
+    onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=9), str(path))
     with pytest.raises(error, match=words):
-        export_onnx(model, (IMAGES,), tmp_path / "model.onnx", calibration=calibration)
+        record_ranges(path, ["doubled"], calibration, tmp_path)
+    found = record_ranges(path, ["doubled"], [IMAGES, (3 * IMAGES, "label")], tmp_path)
+    assert found["doubled"] == (0.0, pytest.approx(18 * float(IMAGES.square().max())))
+
+
+def test_a_failed_calibration_leaves_nothing(tmp_path) -> None:
+    x = torch.randn(2, 3, 8, 8)
+    model = quantized(nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.MaxPool2d(2)), (x,))
+    with pytest.raises(DataError, match="calibration is empty"):
+        export_onnx(model, (x,), tmp_path / "model.onnx", calibration=[])
     assert list(tmp_path.iterdir()) == []
 
 

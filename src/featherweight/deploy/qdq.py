@@ -99,11 +99,17 @@ def _symmetric(model: Any) -> list[str]:
 
 
 def _float_ends(model: Any) -> None:
-    """A Gemm whose output has no grid becomes MatMul and Add: ONNX Runtime has an integer kernel for that alone."""
+    """A Gemm whose output has no grid becomes a MatMul, for which alone ONNX Runtime has an integer kernel with floats out.
+
+    The bias is subtracted with its sign turned: MatMul and Add would be fused to a Gemm again, before any Q and DQ.
+    """
     for node in list(model.graph):
         if not is_standard(node, "Gemm") or not is_integer(node) or _ends_in_integers(node):
             continue
         if attribute(node, "alpha", 1.0) != 1.0 or attribute(node, "beta", 1.0) != 1.0 or attribute(node, "transA", 0):
+            continue
+        bias = constant(node.inputs[2]) if len(node.inputs) > 2 else None
+        if bias is None and len(node.inputs) > 2 and node.inputs[2] is not None:
             continue
         graph, output, name = node.graph, node.outputs[0], node.outputs[0].name
         weight: Any = node.inputs[1].producer()
@@ -112,12 +118,11 @@ def _float_ends(model: Any) -> None:
             q = np.ascontiguousarray(np.asarray(constant(weight.inputs[0])).T)
             inputs = [new_constant(graph, f"{weight.inputs[0].name}_t", q), weight.inputs[1]]
             table = add_node(node, "DequantizeLinear", inputs, f"{name}_weight", {"axis": 1})
-        biased = len(node.inputs) > 2 and node.inputs[2] is not None
         product = add_node(node, "MatMul", [node.inputs[0], table], f"{name}_product")
         product.type, product.shape = output.type, output.shape
-        if biased:
-            bias = node.inputs[2]
-            product = add_node(node, "Add", [product, bias], f"{name}_sum")
+        if bias is not None:
+            turned = new_constant(graph, f"{node.inputs[2].name}_negative", -bias)
+            product = add_node(node, "Sub", [product, turned], f"{name}_sum")
             product.type, product.shape = output.type, output.shape
         _take_over(output, product)
 
