@@ -71,6 +71,19 @@ def test_a_clustered_model_makes_a_smaller_file_and_loads_to_the_last_bit(tmp_pa
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), again.parameters(), strict=True))
 
 
+def test_the_slow_coder_is_tried_where_it_is_asked_for(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    layer = nn.Linear(600, 300)
+    layer.weight.data *= torch.rand(300, 600) < 0.3 * (
+        torch.rand(600) < 0.3
+    )  # whole columns are empty: a pattern to learn
+    plan, _ = run(fw.Cluster(8, coder="adaptive", biases=4), layer)
+    assert plan.formats == {"weight": "entropy:codebook:8:adaptive", "bias": "entropy:codebook:4:adaptive"}
+    coded = fw.save(layer, plan, tmp_path / "asked")
+    assert coded["weight"].codec.endswith(":adaptive")
+    assert not fw.save(layer, fw.Plan(), tmp_path / "unasked")["weight"].codec.endswith(":adaptive")
+
+
 def test_a_glob_gives_layers_their_own_number_and_the_last_one_decides() -> None:
     model = nn.ModuleDict({name: nn.Linear(20, 20) for name in ("a", "b", "c")})
     before = copy.deepcopy(model.state_dict())
@@ -255,6 +268,7 @@ def test_nothing_to_cluster_says_why() -> None:
         ({"start": "kmeans++"}, "start"),
         ({"share": "rwos"}, "Nearest: rows"),
         ({"importance": "fisher"}, "hessian"),
+        ({"coder": "huffmann"}, "adaptive"),
         ({"rate": -0.1}, "rate"),
         ({"rate": float("nan")}, "rate"),
         ({"biases": 1}, "biases"),

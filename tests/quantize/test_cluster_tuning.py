@@ -115,7 +115,7 @@ def test_members_stay_equal_to_the_last_bit_and_zeros_zero(name: str) -> None:
             for key, state in optimizer.state[model[i].weight].items():
                 if isinstance(state, Tensor) and state.shape == weight.shape:
                     assert len(bits(state[old == number])) == 1, key
-    assert tuner.finalize().formats == {"0.weight": "codebook:5", "2.weight": "codebook:5"}
+    assert tuner.finalize() == fw.Plan()
 
 
 @pytest.mark.parametrize("kind", MODELS)
@@ -243,8 +243,7 @@ def test_in_our_loop_with_a_teacher_and_killed_half_way(tmp_path: Path) -> None:
     task = fw.Task(teacher, (data[0][0],), train=data)
     method = fw.Train(steps=12, lr=0.01, distill=fw.KL(), hooks=[fw.TuneCentroids()], checkpoint_every=3)
     whole = copy.deepcopy(model)
-    plan = method(whole, task, fw.Stage())
-    assert plan.formats == {"0.weight": "codebook:5", "2.weight": "codebook:5"}
+    assert method(whole, task, fw.Stage()) == fw.Plan()
     assert [len(bits(whole[i].weight)) for i in (0, 2)] == [5, 5]
 
     class Killed(Exception):

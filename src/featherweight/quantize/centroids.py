@@ -53,7 +53,7 @@ class TuneCentroids:
     ...     optimizer.step()
     ...     facts = tuner.step()
     >>> tuner.finalize(), len(model.weight.unique()), int((model.weight == 0).sum())
-    (Plan(edits=(), formats={'weight': 'codebook:3'}), 3, 8)
+    (Plan(edits=(), formats={}), 3, 8)
     """
 
     layers: Sequence[str] = ("*",)

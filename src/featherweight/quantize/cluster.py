@@ -63,6 +63,8 @@ class Cluster:
     - rate: what a bit must save, as a share of the weights' own square: 0.01, say. An entropy coder makes frequent
       numbers cheap, and then fewer bytes for the same error come of clusters that know it (`solvers.kmeans`); some
       become empty, and some small weights zero. 0 is for codes of fixed width.
+    - coder: `adaptive` asks packing to try its adaptive entropy coder on every tensor, which learns its statistics on the
+      way: the smallest files, at seconds a million weights to write and to load. None leaves it to small tensors.
     - biases: how many numbers biases and other vectors get; None leaves them as they are.
     - layers, keep: globs on qualified names. dense: rules for what stays as it is: `first` (if a convolution),
       `depthwise`, `output`. None by default.
@@ -88,6 +90,7 @@ class Cluster:
     keep_zeros: bool = True
     importance: str | None = None
     rate: float = 0.0
+    coder: str | None = None
     biases: int | None = None
     layers: Sequence[str] = ("*",)
     keep: Sequence[str] = ()
@@ -104,6 +107,8 @@ class Cluster:
         check_word(me, "share", self.share, _SHARES)
         if self.importance is not None:
             check_word(me, "importance", self.importance, ("hessian",))
+        if self.coder is not None:
+            check_word(me, "coder", self.coder, ("adaptive",))
         check_whole(me, "rows", self.rows, least=1)
         check_whole(me, "samples", self.samples, least=1)
         self._check_numbers(me)
@@ -169,7 +174,8 @@ class Cluster:
             shown = ", ".join(alike[:5]) + (f" and {len(alike) - 5} more" if len(alike) > 5 else "")
             text = f"Left exactly as they are, with no more different values than asked for: {shown}."
             stage.report({"kind": "message", "text": text})
-        return Plan(formats={one.name: f"codebook:{one.entries}" for one in done})
+        hint = "codebook:{}" if self.coder is None else f"entropy:codebook:{{}}:{self.coder}"
+        return Plan(formats={one.name: hint.format(one.entries) for one in done})
 
     def _choose(self, model: nn.Module, example_inputs: tuple[Any, ...] | None) -> tuple[list[Weight], dict[str, str]]:
         """Every weight of the model, and the reasons of those that are kept."""

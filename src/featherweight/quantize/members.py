@@ -148,10 +148,6 @@ class Codebook:
     def parameters(self) -> dict[str, nn.Parameter]:
         return {member.name: member.parameter for member in self._members}
 
-    def entries(self) -> dict[str, int]:
-        """How many different values each tensor takes, zero among them."""
-        return {member.name: len(_unique(member.parameter.detach())) for member in self._members}
-
     def index(self) -> dict[str, Tensor]:
         """For each tensor, in its shape: 0 where it is zero, else one more than the cluster."""
         indices = {}

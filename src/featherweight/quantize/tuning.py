@@ -70,13 +70,11 @@ class Tuner:
         return {"clusters": sum(codebook.clusters for codebook in self._codebooks)}
 
     def finalize(self) -> Plan:
-        """Lets go of the model, whose weights stay where they are, and returns the plan: codec hints, no edits."""
+        """Lets go of the model, whose weights stay where they are. The plan is empty: codec hints are those of `Cluster`."""
         if not self._finalized:
             self._hook.remove()
             self._finalized = True
-        return Plan(
-            formats={name: f"codebook:{n}" for codebook in self._codebooks for name, n in codebook.entries().items()}
-        )
+        return Plan()
 
     def state_dict(self) -> dict[str, Any]:
         """All that resuming needs besides model and optimizer: which weight belongs to which cluster."""
