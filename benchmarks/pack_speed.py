@@ -41,6 +41,17 @@ def tensors(megabytes: int) -> Iterator[tuple[str, Tensor, str]]:
         groups = weight.reshape(-1, m)
         least = groups.abs().topk(m - n, dim=1, largest=False).indices
         yield f"float32, {n}:{m}", groups.scatter(1, least, 0).reshape(rows, 4096), f"nm:{n}:{m}:1"
+    for bits, sparsity in ((4, 0.0), (4, 0.9), (8, 0.0)):
+        scale = torch.rand(rows, 1, generator=generator) + 0.5
+        most = 2 ** (bits - 1) - 1
+        zeros = torch.rand(rows, 4096, generator=generator) < sparsity
+        grid = (weight * (most / 3)).round().clamp(-most, most).masked_fill(
+            zeros, 0
+        ) * scale + 0.0  # no -0.0: it is on no grid
+        yield f"float32 on a grid, {bits} bits, {sparsity:.0%} zeros", grid, ""
+    entries = torch.randn(15, generator=generator).sort().values
+    zeros = torch.rand(rows, 4096, generator=generator) < 0.95
+    yield "float32 of 16 entries, 95% zeros", entries[(weight * 2 + 7).long().clamp(0, 14)].masked_fill(zeros, 0), ""
 
 
 def measure(name: str, tensor: Tensor, hint: str, repeat: int) -> dict[str, object]:
@@ -81,11 +92,11 @@ def main() -> None:
     if options.json:
         print(json.dumps(found, indent=1))
         return
-    print(f"{'MB/s, wall and processor time':34} {'codec':12} {'of dense':>8} {'coding':>13} {'decoding':>13}")
+    print(f"{'MB/s, wall and processor time':36} {'codec':26} {'of dense':>8} {'coding':>13} {'decoding':>13}")
     for row in found:
         *facts, share, coding, coding_cpu, decoding, decoding_cpu = row.values()
         name, codec = facts
-        print(f"{name:34} {codec:12} {share:8} {coding:>6} {coding_cpu:>6} {decoding:>6} {decoding_cpu:>6}")
+        print(f"{name:36} {codec:26} {share:8} {coding:>6} {coding_cpu:>6} {decoding:>6} {decoding_cpu:>6}")
 
 
 if __name__ == "__main__":
