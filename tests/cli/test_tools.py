@@ -120,6 +120,29 @@ def test_bench_finds_the_slower_one(project: Path, run: Run, exported: Path) -> 
     )
 
 
+def test_bench_sets_integers_beside_the_same_network_in_float32(project: Path, run: Run) -> None:
+    """The twin answers as the file does but for its grids, and what stayed in floating point is named."""
+    Path("few_bits.py").write_text(
+        "import torch, tasks, featherweight as fw\n"
+        "def task():\n    return tasks.task()\n"
+        "def net():\n    model, task = tasks.net(), tasks.task()\n"
+        "    fw.Quantize(8, activations='static', correct=())(model, task, fw.Stage())\n    return model\n"
+        "def quantized():\n    import dataclasses\n    return dataclasses.replace(tasks.task(), model=net())\n"
+    )
+    written = run("export", "--task", "few_bits:quantized", "-o", "few_bits.onnx", "--json")
+    assert written.exit_code == 0, written.stderr
+    facts = written.answer["integers"]
+    assert facts["int8"] > 0 and facts["inputs"] > 0
+    assert written.answer["parity"]["steps"] < 1
+    answer = run("bench", "few_bits.onnx", "--runs", 50, "--threads", 1, "--json").answer
+    assert [row["runtime"] for row in answer["integers"]] == ["onnxruntime", "openvino"]
+    for row in answer["integers"]:
+        assert row["form"]["integer"] and row["comparison"]["ratio"] > 0
+        assert "the same network in float32" in row["words"] and "layers in integers" in row["words"]
+    shown = run("bench", "few_bits.onnx", "--runs", 50, "--threads", 1, "--runtime", "onnxruntime")
+    assert "the same network in float32" in " ".join(shown.stdout.split())
+
+
 @pytest.mark.parametrize(
     ("words", "said"),
     [
