@@ -45,9 +45,8 @@ def tensors(megabytes: int) -> Iterator[tuple[str, Tensor, str]]:
         scale = torch.rand(rows, 1, generator=generator) + 0.5
         most = 2 ** (bits - 1) - 1
         zeros = torch.rand(rows, 4096, generator=generator) < sparsity
-        grid = (weight * (most / 3)).round().clamp(-most, most).masked_fill(
-            zeros, 0
-        ) * scale + 0.0  # no -0.0: it is on no grid
+        integers = (weight * (most / 3)).round().clamp(-most, most).masked_fill(zeros, 0)
+        grid = integers * scale + 0.0  # no -0.0: it is on no grid
         yield f"float32 on a grid, {bits} bits, {sparsity:.0%} zeros", grid, ""
     entries = torch.randn(15, generator=generator).sort().values
     zeros = torch.rand(rows, 4096, generator=generator) < 0.95
