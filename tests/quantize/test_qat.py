@@ -117,7 +117,7 @@ def test_every_kind_of_model_trains_and_ends_on_grids_that_are_read_from_its_val
     model = make()
     keys = set(model.state_dict())
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.01, weight_decay=0.1)
-    hook = fw.QAT(bits=bits, fold=False).attach(model, optimizer, inputs(2))
+    hook = fw.QAT(bits=bits, fold="never").attach(model, optimizer, inputs(2))
     losses = run(model, optimizer, hook, range(8), inputs)
     assert all(map(math.isfinite, losses))
     copied = copy.deepcopy(model)
@@ -421,7 +421,7 @@ def test_norms_are_folded_first_and_the_new_bias_is_trained() -> None:
     x = torch.randn(4, 3, 8, 8)
     dense = model.eval()(x).detach()
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.01, weight_decay=0.3)
-    hook = fw.QAT(bits=8, activation_bits=None).attach(model, optimizer, (x,))
+    hook = fw.QAT(bits=8, activation_bits=None, fold="first").attach(model, optimizer, (x,))
     assert isinstance(model[1], nn.Identity)
     assert float((model(x).detach() - dense).abs().max() / dense.abs().max()) < 0.02
     assert optimizer.param_groups[-2]["params"] == [model[0].bias]
@@ -431,14 +431,51 @@ def test_norms_are_folded_first_and_the_new_bias_is_trained() -> None:
     assert not torch.equal(before, model[0].bias)
 
     without = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8))
-    hook = fw.QAT().attach(without, torch.optim.SGD(without.parameters(), lr=0.1))
+    hook = fw.QAT(fold="first").attach(without, torch.optim.SGD(without.parameters(), lr=0.1))
     assert any("BatchNorm was not folded" in event["text"] for event in hook.events)
+
+
+@pytest.mark.parametrize(
+    "make", [lambda: nn.Conv2d(3, 8, 3, bias=False), lambda: nn.ConvTranspose2d(3, 8, 3), lambda: nn.Conv2d(3, 8, 3)]
+)
+def test_norms_folded_last_train_as_norms_and_leave_symmetric_grids_and_the_same_answers(make: Any) -> None:
+    """Half of the norm's factors are below zero, which a symmetric grid cannot follow: signs change sides before."""
+    torch.manual_seed(0)
+    model = nn.Sequential(make(), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 4, 3))
+    with torch.no_grad():
+        model[1].weight.uniform_(0.3, 2).mul_(torch.tensor([1.0, -1.0] * 4))
+        model[1].bias.normal_()
+        model[1].running_var.uniform_(0.1, 3)
+        model[1].running_mean.normal_()
+    x = torch.randn(4, 3, 8, 8)
+    dense = model.eval()(x).detach()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.01)
+    hook = fw.QAT(bits=8, activation_bits=None).attach(model, optimizer, (x,))
+    assert bool((model[1].weight > 0).all())
+    assert float((model(x).detach() - dense).abs().max() / dense.abs().max()) < 0.02
+    model.train()
+    before = model[1].running_mean.clone()
+    run(model, optimizer, hook, range(4), lambda n: (torch.randn(n, 3, 8, 8),))
+    assert not torch.equal(model[1].running_mean, before)
+    unfolded = model.eval()(x).detach()
+    plan = hook.finalize()
+    assert [type(edit) for edit in plan.edits] == [fw.Fold] and isinstance(model[1], nn.Identity)
+    assert torch.allclose(model(x), unfolded, rtol=1e-4, atol=1e-5)
+    for weight in weights(model)[0]:
+        found = read_grid(to_matrix(weight, weight.parameter.detach()))
+        assert found is not None and found.bits <= 8 and not found.zero_point.any(), weight.name
+
+
+def test_one_step_for_a_tensor_folds_norms_first() -> None:
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8))
+    fw.QAT(per="tensor").attach(model, torch.optim.SGD(model.parameters()), (torch.randn(2, 3, 4, 4),))
+    assert isinstance(model[1], nn.Identity)
 
 
 def test_norms_that_stay_can_be_frozen_from_a_step_on() -> None:
     model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8))
     optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
-    hook = fw.QAT(fold=False, freeze_norms=2).attach(model, optimizer)
+    hook = fw.QAT(fold="never", freeze_norms=2).attach(model, optimizer)
     means = []
     for step in range(4):
         model.train()
@@ -532,7 +569,7 @@ def test_folding_inside_distributed_data_parallel_is_refused() -> None:
     nn.Module.__init__(wrapped)
     wrapped.module = model
     with pytest.raises(OptionError, match="before wrapping"):
-        fw.QAT().attach(wrapped, torch.optim.SGD(model.parameters()), (torch.zeros(2, 4),))
+        fw.QAT(fold="first").attach(wrapped, torch.optim.SGD(model.parameters()), (torch.zeros(2, 4),))
 
 
 @pytest.mark.filterwarnings("ignore")
@@ -578,6 +615,7 @@ def test_an_average_of_weights_taken_between_optimizer_and_hook_is_of_full_preci
         ({"activation_bits": 0}, "activation_bits"),
         ({"per": "channel"}, "per 'channel' is none of row, tensor"),
         ({"start": "max"}, "start 'max'"),
+        ({"fold": True}, "fold True"),
         ({"step_lr": 0}, "step_lr"),
         ({"freeze_norms": -1}, "freeze_norms"),
         ({"layers": "fc"}, "layers is a list of strings"),

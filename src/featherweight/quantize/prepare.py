@@ -17,7 +17,7 @@ from featherweight.quantize.chosen import Chosen
 from featherweight.quantize.rounding import Rounding, on_grid, scale_rows
 from featherweight.task import describe
 
-__all__ = ["fold_norms", "open_attention"]
+__all__ = ["fold_norms", "folds_of", "open_attention"]
 
 
 def open_attention(model: nn.Module, chosen: Chosen) -> tuple[list[Edit], dict[str, str], list[str]]:
@@ -51,12 +51,7 @@ def fold_norms(model: nn.Module, example_inputs: tuple[Any, ...], chosen: Chosen
 
     A weight that lies on a grid stays on one: its scales are multiplied. Returns the edits and what stayed, and why.
     """
-    try:
-        folds, left = foldable(model, lambda: model(*example_inputs))
-    except (TypeError, RuntimeError, ValueError, IndexError) as error:
-        raise DataError(
-            f"The model cannot be called with example_inputs {describe(example_inputs)}: {error}"
-        ) from error
+    folds, left = folds_of(model, example_inputs)
     by_layer = {weight.layer: (weight, how) for weight, how in chosen.weights(model)}
     wanted = [edit for edit in folds if edit.layer in by_layer]
     for edit in wanted:
@@ -64,6 +59,16 @@ def fold_norms(model: nn.Module, example_inputs: tuple[Any, ...], chosen: Chosen
     few = "; ".join(f"{name}: {reason}" for name, reason in list(left.items())[:5]) + (" ..." if len(left) > 5 else "")
     notes = [f"{len(left)} BatchNorm layer{'s' * (len(left) > 1)} not folded: {few}."] if left else []
     return list(wanted), notes
+
+
+def folds_of(model: nn.Module, example_inputs: tuple[Any, ...]) -> tuple[tuple[Fold, ...], dict[str, str]]:
+    """`foldable` by one forward of `example_inputs`. Changes nothing. Raises `DataError` where the model cannot be called."""
+    try:
+        return foldable(model, lambda: model(*example_inputs))
+    except (TypeError, RuntimeError, ValueError, IndexError) as error:
+        raise DataError(
+            f"The model cannot be called with example_inputs {describe(example_inputs)}: {error}"
+        ) from error
 
 
 def _fold(model: nn.Module, edit: Fold, weight: Weight, how: Rounding) -> None:

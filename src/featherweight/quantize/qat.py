@@ -39,11 +39,13 @@ class QAT:
       covered: additions, concatenations, pooling and outputs, whose grids are placed on the exported graph; recurrent
       states; and attention that torch fuses, unless `Apply([Swap(layer, to="attention")])` opened it. Static grids that
       are there already go on from their values.
-    - fold: BatchNorm goes into the layer before it first, since a runtime's grids are those of folded weights.
+    - fold: when BatchNorm goes into the layer before it: `last`, by `finalize()`, so that it steadies the training until
+      then (a scale for each channel is multiplied, and the integers stay); `first`; or `never`. With one step for a
+      tensor it is first, since its channels would part.
     - start: where steps begin: `mse` (least error), or `lsq`, 2 mean|v|/√Qp. A weight that is on a grid of as many bits
       begins there, so that training goes on from a `Quantize` or `Reconstruct` stage.
     - learn: False keeps steps where they begin. `step_lr` is their rate over the optimizer's.
-    - freeze_norms: the step from which norms that were not folded use their running statistics.
+    - freeze_norms: the step from which norms use their running statistics.
     - layers, keep: globs on qualified names. `dense`: rules for what stays float: `first`, `depthwise`, `output`.
 
     Raises `OptionError` for an option out of range.
@@ -66,7 +68,7 @@ class QAT:
     per: str = "row"
     activation_bits: int | None = 8
     activation_symmetric: bool = False
-    fold: bool = True
+    fold: str = "last"
     start: str = "mse"
     learn: bool = True
     step_lr: float = 1.0
@@ -87,12 +89,18 @@ class QAT:
             _check_bits(me, "activation_bits", self.activation_bits)
         check_word(me, "per", self.per, ("row", "tensor"))
         check_word(me, "start", self.start, STARTS)
+        check_word(me, "fold", self.fold, ("last", "first", "never"))
         for rule in self.dense:
             check_word(me, "dense", rule, RULES)
         if self.freeze_norms is not None:
             check_whole(me, "freeze_norms", self.freeze_norms)
         if isinstance(self.step_lr, bool) or not isinstance(self.step_lr, int | float) or not self.step_lr > 0:
             raise OptionError(f"{me}: step_lr is a factor above 0 of the optimizer's rate; got {self.step_lr!r}.")
+
+    @property
+    def folds(self) -> str:
+        """When norms are folded, with what `per` says taken in."""
+        return "first" if self.fold == "last" and self.per == "tensor" else self.fold
 
     def attach(
         self,
@@ -104,8 +112,8 @@ class QAT:
 
         Attach after hooks that prune, so that they see full-precision weights, and before you make a learning rate
         scheduler, as steps are a parameter group of their own. `model` may be compiled or wrapped in
-        DistributedDataParallel (afterwards, where norms are folded); `optimizer` may be wrapped by accelerate. With
-        `example_inputs` norms are folded.
+        DistributedDataParallel (afterwards, where norms are folded first); `optimizer` may be wrapped by accelerate.
+        `example_inputs` show which norms can be folded; without them none are.
 
         Raises `NothingToCompress` where all is kept, `NumericalError` for weights that are not finite, `OptionError`
         where options do not fit the model.

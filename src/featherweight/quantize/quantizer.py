@@ -19,13 +19,13 @@ from torch import nn
 from featherweight.edits import FakeQuantize, apply
 from featherweight.errors import OptionError
 from featherweight.grids import GridSpec
-from featherweight.layers import Selected, Weight, names_of, refuse_nothing, unwrap
+from featherweight.layers import Selected, Weight, from_matrix, names_of, refuse_nothing, to_matrix, unwrap
 from featherweight.plan import Edit, FakeQuant, Plan
 from featherweight.quantize.chosen import Chosen, reading_layers
 from featherweight.quantize.learned import LearnedInput, LearnedWeight
-from featherweight.quantize.prepare import fold_norms
+from featherweight.quantize.prepare import fold_norms, folds_of
 from featherweight.quantize.rounding import Rounding
-from featherweight.quantize.selecting import Bits, choose_weights
+from featherweight.quantize.selecting import choose_weights
 from featherweight.task import describe
 
 if TYPE_CHECKING:
@@ -64,18 +64,21 @@ class Quantizer:
             )
         self._group = getattr(model, "process_group", None)  # DistributedDataParallel's own, if it was given one
         parallel, model = isinstance(model, nn.parallel.DistributedDataParallel), unwrap(model)
-        if parallel and options.fold and any(isinstance(module, _NORMS) for module in model.modules()):
+        if parallel and options.folds == "first" and any(isinstance(module, _NORMS) for module in model.modules()):
             raise OptionError(
                 "QAT: folding BatchNorm changes which parameters there are, and DistributedDataParallel knows those that it was "
-                "made with. Attach before wrapping the model in it, or give fold=False."
+                "made with. Attach before wrapping the model in it, or give fold='last'."
             )
         chosen, self.selection = choose_weights(model, options, example_inputs)
         refuse_nothing(self.selection, "quantize")
         self.events: list[dict[str, Any]] = []
-        # Folding looks before it changes anything; from there on nothing raises, so that what cannot be attached leaves the
-        # model as it was.
+        # Looking for norms comes before any change; from there on nothing raises, so that what cannot be attached leaves
+        # the model as it was.
         there = {id(parameter) for parameter in model.parameters()}
-        self._edits = self._fold(model, chosen, example_inputs)
+        self._model, self._example_inputs = model, example_inputs
+        self._chosen = Chosen((), {w.name: Rounding(GridSpec(bits, symmetric=True)) for w, bits in chosen})
+        self._edits = self._fold("first")
+        self._turn()
         grids = self._place(model, [weight for weight, _ in chosen])
         self._weights = [LearnedWeight(w, bits, options.per, options.start) for w, bits in chosen]
         self._inputs = [
@@ -95,20 +98,28 @@ class Quantizer:
     def _tell(self, text: str) -> None:
         self.events.append({"kind": "message", "text": text})
 
-    def _fold(self, model: nn.Module, chosen: Bits, example_inputs: tuple[Any, ...] | None) -> list[Edit]:
-        """Folds norms into layers whose weights are quantized; those are the weights that an integer runtime has."""
-        if not self.options.fold or not any(isinstance(module, _NORMS) for module in model.modules()):
+    def _fold(self, when: str) -> list[Edit]:
+        """Folds norms into layers whose weights are quantized; the grids that a runtime has are those of folded weights."""
+        if self.options.folds != when or not any(isinstance(module, _NORMS) for module in self._model.modules()):
             return []
-        if example_inputs is None:
+        if self._example_inputs is None:
             self._tell(
                 "BatchNorm was not folded: which layer each follows is seen in a forward. Give attach(..., example_inputs)."
             )
             return []
-        roundings = {weight.name: Rounding(GridSpec(bits, symmetric=True)) for weight, bits in chosen}
-        edits, notes = fold_norms(model, example_inputs, Chosen((), roundings))
+        edits, notes = fold_norms(self._model, self._example_inputs, self._chosen)
         for note in notes:
             self._tell(note)
         return edits
+
+    def _turn(self) -> None:
+        """Makes the factors positive by which norms will be folded last, since a symmetric grid times -1 is not one."""
+        if self.options.folds != "last" or self._example_inputs is None:
+            return
+        by_layer = {weight.layer: weight for weight, _ in self._chosen.weights(self._model)}
+        for edit in folds_of(self._model, self._example_inputs)[0]:
+            if edit.layer in by_layer:
+                _turn_rows(by_layer[edit.layer], self._model.get_submodule(edit.norm))
 
     def _place(self, model: nn.Module, chosen: list[Weight]) -> dict[str, tuple[FakeQuantize, bool]]:
         """The grids on what layers read, by layer, and whether each was there before; new ones are edits."""
@@ -187,6 +198,7 @@ class Quantizer:
             for grid in self._inputs:
                 grid.release()
             self._finalized = True
+            self._edits += self._fold("last")
         return Plan(tuple(self._edits))
 
     def state_dict(self) -> dict[str, Any]:
@@ -277,6 +289,20 @@ class Quantizer:
         if differentiate:
             _share([p for grid in self._inputs for p in grid.learned], self._group)
         self._open = True
+
+
+@torch.no_grad()
+def _turn_rows(weight: Weight, norm: nn.Module) -> None:
+    """Changes the sign of rows that a norm multiplies by less than zero, and the norm's with them: the same function."""
+    gain = norm._parameters.get("weight")
+    if gain is None or not bool((gain < 0).any()):
+        return
+    sign = torch.where(gain < 0, -1.0, 1.0).to(gain.dtype)
+    rows = to_matrix(weight, weight.parameter) * sign[:, None]
+    weight.parameter.copy_(from_matrix(weight, rows + 0.0))
+    for tensor in (gain, norm._buffers.get("running_mean"), weight.module._parameters.get("bias")):
+        if tensor is not None:
+            tensor.mul_(sign)
 
 
 def _like(optimizer: torch.optim.Optimizer) -> dict[str, Any]:
