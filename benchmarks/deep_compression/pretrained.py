@@ -1,0 +1,65 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Pretrained networks without training: weights pruned and reconstructed, or put on a grid, then clustered and coded.
+
+The networks, their calibration samples and their metrics are those of `benchmarks.reconstruct.subjects`. Three ways of each:
+pruned weights and a codebook; pruned weights on a grid, both decided together; a codebook alone.
+"""
+
+from __future__ import annotations
+
+import copy
+import time
+from collections.abc import Callable
+from typing import Any
+
+from torch import nn
+
+import featherweight as fw
+from benchmarks.deep_compression.sizes import sizes
+from benchmarks.reconstruct.subjects import SUBJECTS
+from benchmarks.reconstruct.subjects.subject import difference
+
+# How many zeros each network bears after training, and how much work the solvers may take (1e9 multiply-adds a layer).
+SPARSITY = {"crepe_tiny": 0.5, "crepe_full": 0.7, "minilm": 0.4}
+WORK = {"crepe_tiny": 100.0, "crepe_full": 30.0, "minilm": 30.0}
+
+Way = Callable[[float, float], list[Any]]
+WAYS: dict[str, Way] = {
+    "pruned, 16 numbers": lambda share, work: [
+        fw.Reconstruct(share, work=work, samples=512),
+        fw.Cluster(16, start="exact", importance="hessian", rate=0.002),
+    ],
+    "pruned, 4 bits": lambda share, work: [fw.Reconstruct(share, bits=4, work=work, samples=512)],
+    "16 numbers": lambda share, work: [fw.Cluster(16, start="exact", importance="hessian")],
+}
+
+
+def measure(name: str, way: str) -> dict[str, Any]:
+    """One row of the results: the metric before and after with the interval of their difference, and all sizes."""
+    subject = SUBJECTS[name]()
+    task = subject.task()
+    model, plan = copy.deepcopy(subject.model), fw.Plan()
+    began = time.perf_counter()
+    for method in WAYS[way](SPARSITY[name], WORK[name]):
+        plan += method(model, task, fw.Stage())
+    seconds = time.perf_counter() - began
+    model.eval()
+    before, after = subject.per_sample(subject.model), subject.per_sample(model)
+    change = difference(subject, before, after)
+    return {
+        "subject": name,
+        "title": subject.name,
+        "way": way,
+        "metric": subject.metric,
+        "dense": subject.summary(before),
+        "compressed": subject.summary(after),
+        **change,
+        "zeros": _zeros(model),
+        "sizes": sizes(model, plan),
+        "seconds": round(seconds, 1),
+    }
+
+
+def _zeros(model: nn.Module) -> float:
+    tensors = [parameter.detach() for parameter in model.parameters()]
+    return sum(int((tensor == 0).sum()) for tensor in tensors) / sum(tensor.numel() for tensor in tensors)

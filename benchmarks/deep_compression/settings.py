@@ -1,0 +1,37 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What is tried: how many weights go from each layer, how many numbers stay, how long it trains. Chosen on the validation split."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+
+
+@dataclasses.dataclass(frozen=True)
+class Setting:
+    """One way from a dense network to a small file. `name` is the row of the table; `rate` is that of `Cluster`."""
+
+    name: str
+    network: str
+    sparsity: Mapping[str, float]
+    clusters: int
+    biases: int
+    rate: float
+    prune_steps: int
+    tune_steps: int
+
+
+_300_FEWER = {"fc1": 0.91, "fc2": 0.86, "fc3": 0.4}
+_300 = {"fc1": 0.94, "fc2": 0.88, "fc3": 0.5}
+_300_MORE = {"fc1": 0.97, "fc2": 0.93, "fc3": 0.7}
+_5 = {"conv1": 0.4, "conv2": 0.93, "fc1": 0.985, "fc2": 0.85}
+_5_MORE = {"conv1": 0.5, "conv2": 0.95, "fc1": 0.992, "fc2": 0.9}
+
+SETTINGS = (
+    Setting("90 % zeros, 16 numbers", "lenet_300_100", _300_FEWER, 16, 16, 0.005, 8000, 1500),
+    Setting("93 % zeros, 16 numbers", "lenet_300_100", _300, 16, 16, 0.01, 6000, 1500),
+    Setting("96 % zeros, 16 numbers", "lenet_300_100", _300_MORE, 16, 16, 0.01, 4000, 1500),
+    Setting("98 % zeros, 16 numbers", "lenet_5", _5, 16, 16, 0.01, 2000, 500),
+    Setting("98 % zeros, 8 numbers", "lenet_5", _5, 8, 16, 0.01, 2000, 500),
+    Setting("98.7 % zeros, 16 numbers", "lenet_5", _5_MORE, 16, 16, 0.01, 2000, 500),
+)

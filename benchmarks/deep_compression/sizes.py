@@ -1,0 +1,73 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What one set of weights weighs: the artefact that the library writes, beside gzip, zstd and nncodec on the same tensors."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import subprocess
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors.torch import save
+from torch import Tensor, nn
+
+import featherweight as fw
+
+QPS = (-44, -40, -36, -32, -30, -28, -26, -24, -22, -20, -18, -16, -14, -12, -10)
+
+
+def sizes(model: nn.Module, plan: fw.Plan) -> dict[str, Any]:
+    """Bytes of the artefact's files, of each tensor in them, and of the dense fp32 tensors plain, by gzip -9 and by zstd -19.
+
+    The general compressors get one ordinary safetensors file with the same values; `dense` is its tensors alone.
+    """
+    tensors = {name: tensor.detach().contiguous() for name, tensor in model.state_dict().items()}
+    whole = save(tensors)
+    with tempfile.TemporaryDirectory() as place:
+        folder = Path(place) / "artefact"
+        coded = fw.save(model, plan, folder)
+        files = {path.name: path.stat().st_size for path in sorted(folder.iterdir())}
+    return {
+        "dense": sum(tensor.nbytes for tensor in tensors.values()),
+        "file": files["model.safetensors"],
+        "files": files,
+        "codecs": {name: [one.codec, one.coded_bytes] for name, one in coded.items()},
+        "gzip": len(gzip.compress(whole, 9)),
+        "zstd": _zstd(whole),
+    }
+
+
+def _zstd(data: bytes) -> int | None:
+    """By the command `zstd -19`; None where it is not installed."""
+    try:
+        return len(subprocess.run(["zstd", "-19", "-q", "-c"], input=data, capture_output=True, check=True).stdout)
+    except FileNotFoundError:
+        return None
+
+
+def nncodec(
+    python: Path, model: nn.Module, judge: Callable[[dict[str, Tensor]], float], least: float
+) -> dict[str, Any]:
+    """nncodec's smallest bitstream of the model's tensors whose decoded values `judge` rates `least` or better.
+
+    `python` is an interpreter that has nncodec. It quantizes by itself: its parameter is searched, coarsest last.
+    """
+    tensors = {name: tensor.detach().numpy() for name, tensor in model.state_dict().items()}
+    with tempfile.TemporaryDirectory() as place:
+        folder = Path(place)
+        np.savez(folder / "tensors.npz", **tensors)
+        script = Path(__file__).with_name("nncodec_side.py")
+        command = [str(python), str(script), str(folder / "tensors.npz"), str(folder), *map(str, QPS)]
+        said = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+        found = {int(qp): size for qp, size in json.loads(said.splitlines()[-1]).items()}
+        tried = []
+        for qp, size in found.items():
+            back = {name: torch.from_numpy(value) for name, value in np.load(folder / f"{qp}.npz").items()}
+            tried.append({"qp": qp, "bytes": size, "metric": judge(back)})
+    good = [one for one in tried if one["metric"] >= least]
+    return {"tried": tried, "bytes": min((one["bytes"] for one in good), default=None)}
