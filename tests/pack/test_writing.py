@@ -18,6 +18,7 @@ from torch import Tensor
 from featherweight.errors import ArtefactError
 from featherweight.pack import bitmask, load_file, read_header, save_file
 from featherweight.pack.codecs import CODECS
+from tests.pack.samples import FLOATS, only
 
 OLD = {"w": torch.arange(5)}
 
@@ -131,6 +132,7 @@ def test_no_tensors_make_a_file_too(path: Path) -> None:
     assert load_file(path) == ({}, {})
 
 
+@only(*FLOATS)
 def test_a_tensor_that_is_named_as_anothers_part_pushes_that_one_aside(path: Path) -> None:
     sparse = torch.eye(64) * 0.1
     tensors = {"w": sparse, "w:values": sparse * 2, "w:values:offsets": torch.ones(1), 'q"\\:mask\n': torch.ones(2)}
@@ -140,6 +142,7 @@ def test_a_tensor_that_is_named_as_anothers_part_pushes_that_one_aside(path: Pat
     assert all(torch.equal(loaded[name], tensors[name]) for name in tensors)
 
 
+@only(*FLOATS)
 def test_a_codec_is_one_entry_and_one_that_errs_is_passed_over(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The promise to whoever adds a codec, and to whoever uses it: its decoding is compared before it is trusted."""
     sparse = torch.eye(64) * 0.1

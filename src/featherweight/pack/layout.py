@@ -72,6 +72,14 @@ class Layout:
         split, order = self._order(shape)
         return flat.reshape(split).transpose(order).reshape(self.size(shape))
 
+    def few_rows(self, flat: NDArray[T], shape: tuple[int, ...]) -> NDArray[T]:
+        """Some four rows of the matrix from all over it (of four groups, if it has several), without the rest."""
+        split, order = self._order(shape)
+        view = flat.reshape(split).transpose(order)
+        lead = 2 if self.axis == 1 else 1
+        view = view[tuple(slice(None, None, -(-length // 4)) for length in view.shape[:lead])]
+        return view.reshape(math.prod(view.shape[:lead]), -1)
+
     def flat(self, matrix: NDArray[T], shape: tuple[int, ...]) -> NDArray[T]:
         """The inverse of `matrix`."""
         split, order = self._order(shape)

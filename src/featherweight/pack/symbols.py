@@ -170,10 +170,11 @@ def _divisors(count: int) -> list[int]:
 
 
 def _grid(source: Source, layout: Layout, sample: bool = False) -> Grid | None:
-    matrix = typed(layout.matrix(source.words, source.spec.shape), source.spec.dtype)
-    matrix = matrix.view(layout.size(source.spec.shape))
+    pick = layout.few_rows if sample else layout.matrix
+    rows = pick(source.words, source.spec.shape)
+    matrix = typed(rows, source.spec.dtype, rows.shape)
     if sample:
-        matrix = matrix[:: -(-len(matrix) // 4), : 2 * (layout.chunk or 64)]
+        matrix = matrix[:, : 2 * (layout.chunk or 64)]
     # Two or three values are on some fine grid by chance: it takes long to find and saves nothing.
     few = source.nonzeros < _EVIDENCE * math.prod(layout.pieces(source.spec.shape))
     return read_grid(matrix, most_bits=_GOOD if few else _MOST_BITS, chunk=layout.chunk or None)

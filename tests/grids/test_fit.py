@@ -102,7 +102,15 @@ def test_the_values_are_float32_products() -> None:
 
 
 @pytest.mark.parametrize(
-    "options", [{"bits": 0}, {"bits": 17}, {"bits": 4.0}, {"bits": 4, "chunk": 0}, {"bits": 4, "search": "max"}]
+    "options",
+    [
+        {"bits": 0},
+        {"bits": 17},
+        {"bits": 4.0},
+        {"bits": 4, "chunk": 0},
+        {"bits": 4, "search": "max"},
+        {"bits": 4, "percentile": 50},
+    ],
 )
 def test_a_spec_out_of_range_is_refused(options: dict[str, object]) -> None:
     with pytest.raises(OptionError):
@@ -117,3 +125,50 @@ def test_weights_that_are_not_numbers_are_refused() -> None:
 def test_a_hand_made_grid_rounds_and_clips() -> None:
     grid = Grid(torch.tensor([[0.5]]), torch.tensor([[1]], dtype=torch.int32), bits=2, chunk=4)
     assert grid.nearest(torch.tensor([[-9.0, -0.6, 0.1, 9.0]])).tolist() == [[-1.5, -0.5, 0.0, 0.0]]
+
+
+def test_one_bit_is_the_mean_magnitude_and_the_sign() -> None:
+    """XNOR-Net, eq. 6: α = |W|_1 / n; it is the α of least squared error for W ≈ α sign(W)."""
+    W = torch.randn(5, 14, generator=torch.Generator().manual_seed(3))
+    grid = fit_grid(W, GridSpec(bits=1, chunk=5))
+    for k, columns in enumerate((slice(0, 5), slice(5, 10), slice(10, 14))):
+        part = W[:, columns]
+        assert torch.allclose(grid.scale[:, k], part.abs().mean(1))
+        assert torch.equal(grid.nearest(W)[:, columns], grid.scale[:, k : k + 1] * part.sign())
+        for factor in (0.99, 1.01):
+            other = factor * grid.scale[:, k : k + 1] * part.sign()
+            assert bool(((other - part) ** 2).sum(1).gt(((grid.nearest(W)[:, columns] - part) ** 2).sum(1)).all())
+    assert set(grid.integers(W).unique().tolist()) == {-1, 0}
+
+
+def test_one_bit_weighs_columns_as_told_and_comes_close_to_zero_where_all_is_zero() -> None:
+    W = torch.tensor([[1.0, -3.0], [0.0, 0.0]])
+    grid = fit_grid(W, GridSpec(bits=1), importance=torch.tensor([3.0, 1.0]))
+    assert grid.scale[0].item() == 1.5
+    assert 0 < grid.nearest(W)[1].abs().max() < 1e-37
+
+
+@pytest.mark.parametrize("symmetric", [False, True])
+@pytest.mark.parametrize("chunk", [None, 40, 64])
+def test_percentiles_are_numpys(symmetric: bool, chunk: int | None) -> None:
+    W = torch.randn(3, 150, generator=torch.Generator().manual_seed(0)).double()
+    spec = GridSpec(bits=6, symmetric=symmetric, chunk=chunk, search="percentile", percentile=97.3)
+    grid = fit_grid(W, spec)
+    for k, start in enumerate(range(0, 150, chunk or 150)):
+        part = W[:, start : start + (chunk or 150)].numpy()
+        if symmetric:
+            expected = np.percentile(np.abs(part), 97.3, axis=1) / 31
+        else:
+            ends = np.percentile(part, [100 - 97.3, 97.3], axis=1)
+            expected = (np.maximum(ends[1], 0) - np.minimum(ends[0], 0)) / 63
+        assert np.allclose(grid.scale[:, k].numpy(), expected, rtol=1e-6)
+
+
+@pytest.mark.parametrize("bits", [1, 9, 12, 16])
+def test_more_bits_and_one_round_to_values_of_the_grid(bits: int) -> None:
+    W = weights()
+    grid = fit_grid(W, GridSpec(bits=bits, search="minmax"))
+    integers = grid.integers(W)
+    assert grid.low <= int(integers.min()) and int(integers.max()) <= grid.high
+    if bits > 1:
+        assert bool(((grid.nearest(W) - W).abs() <= grid.scale * 1.001).all())
