@@ -236,10 +236,11 @@ def _distinct(source: Source) -> Words | None:
     """The distinct words as numbers in ascending order; None where they are too many to gain by it."""
     flat, most = source.words, min(MOST_ENTRIES, source.nonzeros // 2 + 1)
     # A stretch from the middle first: the beginning may be padding.
-    table = flat[:0]
-    middle = max(0, len(flat) // 2 - most)
-    for part in (slice(middle, middle + 2 * most), *slices(len(flat), 1 << 20)):
-        table = np.union1d(table, flat[part])
+    table, middle = flat[:0], len(flat) // 2
+    for part in (slice(middle, middle + 8 * most), *slices(len(flat), 1 << 18)):
+        # Sorting is several times faster here than the hashing of numpy.unique.
+        ordered = np.sort(np.concatenate((table, flat[part])))
+        table = ordered[np.concatenate(([True], ordered[1:] != ordered[:-1]))[: len(ordered)]]
         if len(table) > most:
             return None
     bits = (len(table) - 1).bit_length() * source.spec.length + 8 * len(table) * source.width
