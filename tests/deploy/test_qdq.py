@@ -300,6 +300,21 @@ def test_a_transposed_conv_and_narrow_grids_agree_with_the_model(tmp_path) -> No
     assert np.array_equal(held["0.weight_q"].astype(np.float32) * held["0.weight_scale"].reshape(1, -1, 1, 1), weight)
 
 
+def test_a_pad_with_zeros_before_a_conv_becomes_the_convs_own(tmp_path) -> None:
+    """Uneven, as networks that came from TensorFlow have it."""
+    x = torch.randn(2, 3, 8, 8)
+    net = nn.Sequential(
+        nn.ZeroPad2d((0, 1, 2, 3)), nn.Conv2d(3, 4, 3, padding=1), nn.ConstantPad2d(1, 0.5), nn.Conv2d(4, 4, 3)
+    )
+    model = quantized(net, (x,))
+    made = export_onnx(model, (x,), tmp_path / "model.onnx", calibration=[x])
+    graph = nodes(made.path)
+    pads = [list(a.ints) for node in graph if node.op_type == "Conv" for a in node.attribute if a.name == "pads"]
+    assert pads == [[3, 1, 4, 2], [0, 0, 0, 0]]
+    assert [node.op_type for node in graph].count("Pad") == 1  # 0.5 is not what a conv pads with
+    assert check_parity(model, made.path, [(x,)]).steps < 0.5
+
+
 def test_symmetric_grids_behind_a_relu_are_told_as_slow(tmp_path) -> None:
     model = quantized(Block(), (IMAGES,), symmetric=True)
     made = export_onnx(model, (IMAGES,), tmp_path / "model.onnx", calibration=[IMAGES])

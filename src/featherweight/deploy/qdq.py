@@ -72,6 +72,7 @@ class Integers:
 
 def in_integers(model: Any, parameters: Mapping[str, Tensor], *, int4: bool) -> Integers:
     """Puts this graph's weights and biases into integers; the grids on inputs are there (`markers.mark`). Saves 4x bytes."""
+    _absorb_pads(model)
     weights = integer_weights(model, parameters, int4=int4)
     _float_ends(model)
     biases = _biases(model)
@@ -96,6 +97,32 @@ def _symmetric(model: Any) -> list[str]:
         f"{count} grids with values below 0 read what a Relu gives: ONNX Runtime computes the layers before them in floating "
         "point, slower than without any grid. Quantize with activation_symmetric=False."
     ]
+
+
+def _absorb_pads(model: Any) -> None:
+    """A Pad with zeros, then Q, DQ and Conv: the conv pads by itself, since zero is on every grid. Else Pad is a pass."""
+    for node in list(model.graph):
+        quantize: Any = next(iter(node.outputs[0].consumers()), None) if is_standard(node, "Pad") else None
+        if not is_standard(quantize, "QuantizeLinear") or len(list(node.outputs[0].uses())) != 1:
+            continue
+        convs = [conv for dq in quantize.outputs[0].consumers() for conv in dq.outputs[0].consumers()]
+        pads = constant(node.inputs[1])
+        fill = constant(node.inputs[2]) if len(node.inputs) > 2 and node.inputs[2] is not None else np.float32(0)
+        plain = len(node.inputs) < 4 or node.inputs[3] is None
+        if pads is None or fill is None or fill.any() or not plain or attribute(node, "mode", "constant") != "constant":
+            continue
+        begins, ends = pads[: pads.size // 2].tolist(), pads[pads.size // 2 :].tolist()
+        if min(pads) < 0 or any((*begins[:2], *ends[:2])) or not all(_pads_itself(conv) for conv in convs):
+            continue
+        for conv in convs:
+            own = attribute(conv, "pads", [0] * (pads.size - 4))
+            total = [a + b for a, b in zip(own, begins[2:] + ends[2:], strict=True)]
+            conv.attributes["pads"] = ir().AttrInt64s("pads", total)
+        quantize.replace_input_with(0, node.inputs[0])
+
+
+def _pads_itself(node: Any) -> bool:
+    return bool(is_standard(node, "Conv")) and attribute(node, "auto_pad", "NOTSET") == "NOTSET"
 
 
 def _float_ends(model: Any) -> None:
