@@ -42,6 +42,8 @@ class Setting:
     weights: int = 32
     activations: int = 32
     start: str = "mse"
+    fold: str = "last"
+    learn: bool = True
     distill: bool = False
     seed: int = 0
 
@@ -66,8 +68,11 @@ SETTINGS = [
     Setting(network, method, *bits)
     for network in TRAINING
     for method, bits in [("dense", (32, 32)), *((m, b) for b in BITS for m in ("ptq", "qat"))]
-] + [Setting("resnet", "qat", *bits, start="lsq") for bits in ((8, 8), (4, 4), (2, 4))]
-SETTINGS += [Setting("resnet", "qat", *bits, distill=True) for bits in ((4, 4), (2, 4))]
+] + [
+    dataclasses.replace(Setting("resnet", "qat", *bits), **other)
+    for bits in ((8, 8), (4, 4), (2, 4))
+    for other in ({"fold": "first"}, {"learn": False}, {"fold": "first", "start": "lsq"}, {"distill": True})
+]
 
 
 class Residual(nn.Module):
@@ -198,7 +203,15 @@ def measured(setting: Setting) -> Row:
                 fw.Swap(n, to="attention") for n, m in model.named_modules() if isinstance(m, nn.MultiheadAttention)
             ]
             fw.Apply(opened)(model, work, fw.Stage())
-            hooks = [fw.QAT(setting.weights, activation_bits=setting.activations, start=setting.start)]
+            hooks = [
+                fw.QAT(
+                    setting.weights,
+                    activation_bits=setting.activations,
+                    start=setting.start,
+                    fold=setting.fold,
+                    learn=setting.learn,
+                )
+            ]
         method = fw.Train(
             steps=training.steps,
             lr=training.more_lr,
@@ -244,11 +257,29 @@ def table() -> str:
         control = found.get(Setting(network, "dense"))
         if control is None:
             continue
-        whole = f"{100 * control['accuracy']:.2f} %"
-        lines.append(f"| {network} | 32 / 32 | {whole} | |")
+        lines.append(f"| {network} | 32 / 32 | {100 * control['accuracy']:.2f} % | |")
         for bits in BITS:
             cells = [_cell(control, found.get(Setting(network, method, *bits))) for method in ("ptq", "qat")]
             lines.append(f"| {network} | {bits[0]} / {bits[1]} | {cells[0]} | {cells[1]} |")
+    return "\n".join(lines)
+
+
+def others() -> str:
+    """The same network trained with one option changed."""
+    found = {of(row): row for row in rows()}
+    control = found[Setting("resnet", "dense")]
+    ways: dict[str, dict[str, Any]] = {
+        "as it comes": {},
+        "steps fixed (`learn=False`)": {"learn": False},
+        "norms folded first": {"fold": "first"},
+        "norms folded first, steps begin as LSQ says": {"fold": "first", "start": "lsq"},
+        "beside a teacher (`KL`)": {"distill": True},
+    }
+    bits = ((8, 8), (4, 4), (2, 4))
+    lines = [f"| | {' | '.join(f'{w} / {a}' for w, a in bits)} |", "|---|---|---|---|"]
+    for name, other in ways.items():
+        cells = [_cell(control, found.get(dataclasses.replace(Setting("resnet", "qat", *b), **other))) for b in bits]
+        lines.append(f"| {name} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
@@ -265,7 +296,7 @@ def main() -> None:
     parser.add_argument("--table", action="store_true", help="print the table of what has been measured, and stop")
     given = parser.parse_args()
     if given.table:
-        print(table())
+        print(table(), others(), sep="\n\n")
         return
     torch.set_num_threads(1)
     done = {of(row) for row in rows()}
