@@ -33,7 +33,8 @@ _PROBES = 8  # values of a row that a candidate is first tried on
 _MANY = 4096  # candidates tried at once, at most
 _ROUNDS = 8  # of narrowing a scale down from values of half precision
 _ENDS = 3  # float32 numbers that may be too many at an end of a scale's interval
-_BUDGET = 1 << 20  # elements of a temporary
+_BLOCK = 1 << 17  # elements of a block of rows: its temporaries stay in the cache
+_BUDGET = 1 << 20  # elements of a block of candidates, or of a part of a long chunk
 _LONG = 1 << 18  # columns of a chunk beyond which its distinct values are found first
 _SAMPLE = 16, 1024  # rows and columns that are looked at first
 _PRECISION = {torch.float16: 11, torch.bfloat16: 8}
@@ -116,7 +117,7 @@ def _read(W: Tensor, chunk: int, most_bits: int) -> tuple[Tensor, Tensor, Tensor
             return None
         ends = (torch.stack((pieces.amin(1).clamp_max(0), pieces.amax(1).clamp_min(0))).double() / scale).round_()
         found.append((scale, *ends.to(torch.int32)))
-        start, step = start + step, max(1, min(4 * step, _BUDGET // d))
+        start, step = start + step, max(1, min(4 * step, _BLOCK // d))
     scale, least, most = (torch.cat(parts) for parts in zip(*found, strict=True))
     return scale, least, most
 
