@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """What a report is told of layers' widths, set beside the sizes that the modules themselves have before and after."""
 
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -91,3 +92,13 @@ def test_zeros_make_no_layer_narrower() -> None:
     make, inputs = MODELS["mlp"]
     rows, _ = widths(make(), inputs(2), [fw.Prune(sparsity=0.5)])
     assert rows == {}
+
+
+def test_notes_on_integers_reach_the_reports_warnings_and_calibration_reaches_the_export(tmp_path: Path) -> None:
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 4, 3), nn.Flatten(1), nn.Linear(4 * 16, 3))
+    x = torch.randn(4, 3, 8, 8)
+    task = fw.Task(model, (x,), calibration=[(x, torch.zeros(4))])
+    method = fw.Quantize(8, activations="static", activation_symmetric=True)
+    report = fw.compress(task, [method], tmp_path / "run", progress=False).report
+    assert report["export"]["integers"]["edges"] > 0 and report["export"]["parity"]["steps"] < 1
+    assert any(text.startswith("model.onnx: ") and "activation_symmetric=False" in text for text in report["warnings"])

@@ -94,8 +94,8 @@ def test_blocks_and_channels_have_scales_of_their_own() -> None:
 GRIDS = {"a": (0.021, 113), "b": (0.017, 140), "y": (0.03, 98)}
 
 
-def one_op(kind: str, path: Path, **attributes) -> Path:
-    """DQ, one op, Q, DQ, put together by hand, of one or two inputs."""
+def one_op(kind: str, path: Path, clipped: bool = False, **attributes) -> Path:
+    """DQ, one op, Q, DQ, put together by hand, of one or two inputs; a Relu and a Clip behind the op."""
     two = kind in ("Add", "Sub", "Mul", "Concat")
     names = ["a", "b"] if two else ["a"]
     tables: dict[str, np.ndarray] = {}
@@ -123,11 +123,18 @@ def one_op(kind: str, path: Path, **attributes) -> Path:
             helper.make_node("DequantizeLinear", ["c_q", "c_s"], ["c"], axis=0),
         ]
         inputs += ["w", "c"]
+    if clipped:
+        tables["top"] = np.float32(1.0)
     if kind == "Reshape":
         tables["shape"] = np.array([0, -1], np.int64)
         inputs.append("shape")
     nodes += [
-        helper.make_node(kind, inputs, ["y"], **attributes),
+        helper.make_node(kind, inputs, ["exact" if clipped else "y"], **attributes),
+        *(
+            [helper.make_node("Relu", ["exact"], ["r"]), helper.make_node("Clip", ["r", "", "top"], ["y"])]
+            if clipped
+            else []
+        ),
         helper.make_node("QuantizeLinear", ["y", "y_s", "y_z"], ["y_q"]),
         helper.make_node("DequantizeLinear", ["y_q", "y_s", "y_z"], ["out"]),
     ]
@@ -151,6 +158,7 @@ OPS = {
     "Concat": {"axis": 1},
     "Conv": {"pads": [1, 0, 1, 0], "strides": [2, 1]},
     "Conv grouped": {"group": 2},
+    "Conv clipped": {},  # within its grid, so that saturation does not do it
     "ConvTranspose": {"strides": [2, 2], "output_padding": [1, 0]},
     "MaxPool": {"kernel_shape": [2, 2]},
     "AveragePool": {"kernel_shape": [3, 3], "pads": [1, 1, 1, 1]},
@@ -166,7 +174,7 @@ OPS = {
 @pytest.mark.parametrize("name", OPS)
 def test_each_op_agrees_with_both_runtimes_within_one_step(name: str, tmp_path) -> None:
     """Inputs go beyond both ends of their grids."""
-    path = one_op(name.split()[0], tmp_path / "op.onnx", **OPS[name])
+    path = one_op(name.split()[0], tmp_path / "op.onnx", clipped="clipped" in name, **OPS[name])
     shapes = 2 if name in ("Add", "Sub", "Mul", "Concat") else 1
     x = tuple(torch.from_numpy(RANDOM.normal(0, 2.5, (3, 4, 8, 9)).astype(np.float32)) for _ in range(shapes))
     least = 0.9 if name == "Softmax" else 0.99  # ONNX Runtime takes exponentials from a table
@@ -174,9 +182,8 @@ def test_each_op_agrees_with_both_runtimes_within_one_step(name: str, tmp_path) 
         assert runtime.within == 1.0 and runtime.largest < 1.01, runtime.words
         assert runtime.exact > least, runtime.words
     rows = agreement_by_node(path, x, tmp_path)
-    assert [row.op for row in rows][-1] == name.split()[0] and all(
-        row.largest <= 1 and row.exact > least for row in rows
-    )
+    assert [row.op for row in rows][-1] == ("Clip" if "clipped" in name else name.split()[0])
+    assert all(row.largest <= 1 and row.exact > least for row in rows)
     reference = IntegerReference(path)
     reference(*x)
     outside, seen = reference.saturated["a"]
