@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from featherweight.errors import ArtefactError
-from featherweight.grids import Grid, GridSpec, fit_grid
+from featherweight.grids import GridSpec, fit_grid
 from featherweight.layers import from_matrix, to_matrix, weights
 from featherweight.pack import code, load_file, save_file
 from featherweight.pack.codecs import CODECS
@@ -328,13 +328,24 @@ def test_a_pruned_and_quantized_network_keeps_its_zeros_and_its_grid(tmp_path: P
     assert bool((loaded[W == 0] == 0).all())
 
 
-def test_hand_made_grid_values_equal_torchs_own_dequantization() -> None:
-    """Oracle: torch.dequantize of int8 per channel."""
+def test_what_torch_quantizes_is_found() -> None:
+    """torch's own fake quantization leaves zeros of either sign; a grid has one."""
     W = torch.randn(16, 40, generator=torch.Generator().manual_seed(0))
-    scale, zero_point = torch.rand(16) + 0.01, torch.zeros(16, dtype=torch.int64)
-    theirs = torch.quantize_per_channel(W, scale, zero_point, 0, torch.qint8)
-    values = theirs.dequantize()
-    ours = Grid(scale[:, None], zero_point.int()[:, None], 8, 40).values(theirs.int_repr()).float()
-    assert torch.equal(ours, values)
+    scale, zero_point = torch.rand(16) / 50 + 0.01, torch.randint(-9, 9, (16,), dtype=torch.int32)
+    values = torch.fake_quantize_per_channel_affine(W, scale, zero_point, 0, -128, 127) + 0.0
     with only("dense", "int"):
-        assert code({"w": values + 0.0})["w"].codec.startswith("int:")
+        assert code({"w": values})["w"].codec.startswith("int:8:0")
+
+
+def test_the_example_of_the_page_in_bytes() -> None:
+    spec, tensor = Spec((8,), torch.float32), torch.tensor([0, 0.1, 0, 0, 0, 0, -0.2, 0])
+    for text, first, second in (
+        ("int:2:all", ("integers", "ae8a"), ("scale", "cdcccc3d")),
+        ("codebook:3", ("indices", "5945"), ("codebook", "cdcc4cbe00000000cdcccc3d")),
+    ):
+        kind, *params = text.split(":")
+        parts = {
+            first[0]: torch.tensor(list(bytes.fromhex(first[1])), dtype=torch.uint8),
+            second[0]: torch.from_numpy(np.frombuffer(bytes.fromhex(second[1]), np.float32).copy()),
+        }
+        assert CODECS[kind].decode(spec, tuple(params), parts).tolist() == bit_patterns(tensor)
