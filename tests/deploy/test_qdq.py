@@ -243,13 +243,14 @@ def test_four_bits_are_int4_at_opset_21_with_blocks_where_rows_have_several_scal
         torch.testing.assert_close(session(made.path, runtime, exact=True)(x), model(x).detach(), rtol=1e-3, atol=1e-4)
 
 
-def test_dynamic_grids_are_integer_products_of_each_calls_own_range(tmp_path) -> None:
-    x = torch.randn(2, 5, 24)
+@pytest.mark.parametrize("shape", [(2, 5, 24), (3, 24)], ids=["MatMul", "Gemm"])
+def test_dynamic_grids_are_integer_products_of_each_calls_own_range(shape, tmp_path) -> None:
+    x = torch.randn(shape)
     net = nn.Sequential(nn.Linear(24, 32), nn.ReLU(), nn.Linear(32, 6))
     model = quantized(net, (x,), activations="dynamic")
     made = export_onnx(model, (x,), tmp_path / "model.onnx")
     assert made.integers.dynamic == 2
-    assert {"DynamicQuantizeLinear", "MatMulInteger"} <= kinds(made.path)
+    assert "DynamicQuantizeLinear" in kinds(made.path)
     assert form_in(made.path, "onnxruntime").integer == {"DynamicQuantizeMatMul": 2}
     for scale in (0.01, 1.0, 300.0):  # no range was fixed
         assert check_parity(model, made.path, [(scale * x,)]).within_one_step == 1.0

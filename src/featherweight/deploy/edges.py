@@ -19,7 +19,7 @@ from typing import Any
 
 from featherweight.deploy.nodes import Affine, affine_of, constant, is_standard, quantize_between
 
-__all__ = ["Edges", "find_edges", "is_integer", "place_edges", "quantized_by"]
+__all__ = ["Edges", "find_edges", "is_dynamic", "is_integer", "place_edges", "quantized_by"]
 
 _MOVES = (
     "Reshape",
@@ -65,8 +65,23 @@ def quantized_by(value: Any) -> Affine | None:
 
 def is_integer(node: Any) -> bool:
     """Whether a layer's input and weight are integers such as kernels take: a weight with one scale a row, no zero points."""
-    if not is_standard(node, "Conv", "ConvTranspose", "Gemm", "MatMul") or quantized_by(node.inputs[0]) is None:
+    return bool(is_standard(node, "Conv", "ConvTranspose", "Gemm", "MatMul")) and (
+        quantized_by(node.inputs[0]) is not None and _plain_weight(node)
+    )
+
+
+def is_dynamic(node: Any) -> bool:
+    """Whether a matrix product takes an input with the grid of each call, and such a weight."""
+    if not is_standard(node, "Gemm", "MatMul"):
         return False
+    source = node.inputs[0].producer()
+    dynamic = is_standard(source, "DequantizeLinear") and is_standard(
+        source.inputs[0].producer(), "DynamicQuantizeLinear"
+    )
+    return bool(dynamic) and _plain_weight(node)
+
+
+def _plain_weight(node: Any) -> bool:
     weight = node.inputs[1].producer()
     if not is_standard(weight, "DequantizeLinear") or constant(weight.inputs[0]) is None:
         return False

@@ -119,12 +119,11 @@ class IntegerReference:
     def _unit(self, unit: _Unit, read: dict[str, Array]) -> list[Array]:
         node = unit.node
         source, weight = node.inputs[0].producer(), node.inputs[1].producer()
-        scale = np.float32(np.asarray(constant(source.inputs[1])).reshape(())) * np.asarray(
-            constant(weight.inputs[1]), np.float32
-        )
+        step: Any = self._get(source.inputs[1], read)
+        scale = np.float32(step.reshape(())) * np.asarray(constant(weight.inputs[1]), np.float32)
         bias = node.inputs[2].producer() if len(node.inputs) > 2 and node.inputs[2] is not None else None
         q: Any = self._get(source.inputs[0], read)
-        zero_point: Any = constant(source.inputs[2])
+        zero_point: Any = self._get(source.inputs[2], read)
         table, offset = np.asarray(constant(weight.inputs[0])), None if bias is None else constant(bias.inputs[0])
         axis = q.ndim - 1 if is_standard(node, "Gemm", "MatMul") else 1
         total = _accumulate(node, q, zero_point, table, offset)
@@ -171,7 +170,9 @@ def _units(graph: Any) -> dict[Any, _Unit]:
 def _takes_integers(node: Any) -> bool:
     """Whether input, weight and bias all come out of DequantizeLinear with grids that one multiplier can hold."""
     source, weight = node.inputs[0].producer(), node.inputs[1].producer()
-    if not is_standard(source, "DequantizeLinear") or affine_of(source) is None or len(source.inputs) < 3:
+    if not is_standard(source, "DequantizeLinear") or len(source.inputs) < 3:
+        return False
+    if affine_of(source) is None and not is_standard(source.inputs[0].producer(), "DynamicQuantizeLinear"):
         return False
     if not is_standard(weight, "DequantizeLinear") or constant(weight.inputs[0]) is None or len(weight.inputs) > 2:
         return False

@@ -3,7 +3,7 @@
 
 A QDQ graph is a float graph with pairs of QuantizeLinear and DequantizeLinear in it. It means the same everywhere, and a
 runtime that has an integer kernel for "DQ, op, Q" uses it. Where a runtime has none, the graph is computed in floating
-point, as slowly as that is. Layers with dynamic grids are written as MatMulInteger, which has no QDQ form.
+point, as slowly as that is.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from featherweight.deploy.arithmetic import dequantize
-from featherweight.deploy.edges import find_edges, is_integer, place_edges, quantized_by
+from featherweight.deploy.edges import find_edges, is_dynamic, is_integer, place_edges, quantized_by
 from featherweight.deploy.nodes import (
     add_node,
     affine_of,
@@ -131,7 +131,7 @@ def _float_ends(model: Any) -> None:
     The bias is subtracted with its sign turned: MatMul and Add would be fused to a Gemm again, before any Q and DQ.
     """
     for node in list(model.graph):
-        if not is_standard(node, "Gemm") or not is_integer(node) or _ends_in_integers(node):
+        if not is_standard(node, "Gemm") or not (is_integer(node) or is_dynamic(node)) or _ends_in_integers(node):
             continue
         if attribute(node, "alpha", 1.0) != 1.0 or attribute(node, "beta", 1.0) != 1.0 or attribute(node, "transA", 0):
             continue
@@ -193,20 +193,22 @@ def _biases(model: Any) -> int:
 
 
 def _dynamic(model: Any) -> tuple[int, list[str]]:
-    """Matrix products by inputs with dynamic grids, as MatMulInteger, Cast, Mul and Add."""
+    """How many matrix products take inputs with dynamic grids, and a note on other layers that do.
+
+    They stay QDQ: ONNX Runtime fuses that as well as MatMulInteger, and OpenVINO computes it twice as fast.
+    """
     count = 0
     left: list[str] = []
-    for node in list(model.graph):
-        source: Any = node.inputs[0].producer() if node.inputs and node.inputs[0] is not None else None
-        if not is_standard(source, "DequantizeLinear"):
-            continue
-        if not is_standard(source.inputs[0].producer(), "DynamicQuantizeLinear"):
-            continue
-        if is_standard(node, "MatMul", "Gemm") and _multiply(node, source):
+    for node in model.graph:
+        if is_dynamic(node):
             count += 1
-        else:
-            node = _past_moves(node)
-            left.append(f"{node.op_type} {node.outputs[0].name}")
+            continue
+        source: Any = node.inputs[0].producer() if node.inputs and node.inputs[0] is not None else None
+        if is_standard(source, "DequantizeLinear") and is_standard(
+            source.inputs[0].producer(), "DynamicQuantizeLinear"
+        ):
+            last = _past_moves(node)
+            left.append(f"{last.op_type} {last.outputs[0].name}")
     if not left:
         return count, []
     note = (
@@ -224,33 +226,6 @@ def _past_moves(node: Any) -> Any:
             break
         node = users[0]
     return node
-
-
-def _multiply(node: Any, source: Any) -> bool:
-    weight = node.inputs[1].producer()
-    plain = (
-        is_standard(weight, "DequantizeLinear") and len(weight.inputs) == 2 and "block_size" not in weight.attributes
-    )
-    if not plain or attribute(node, "transA", 0) or attribute(node, "alpha", 1.0) != 1.0:
-        return False
-    q, scales = constant(weight.inputs[0]), constant(weight.inputs[1])
-    if q is None or scales is None or q.dtype != np.int8 or attribute(node, "beta", 1.0) != 1.0:
-        return False
-    q = q.T if attribute(node, "transB", 0) else q
-    graph, output, name = node.graph, node.outputs[0], node.outputs[0].name
-    integers, scale, zero_point = source.inputs
-    table = new_constant(graph, f"{name}_weight_q", np.ascontiguousarray(q))
-    row_scales = new_constant(graph, f"{name}_weight_scale", scales)
-    product = add_node(node, "MatMulInteger", [integers, table, zero_point], f"{name}_int32")
-    wide = add_node(node, "Cast", [product], f"{name}_wide", {"to": ir().DataType.FLOAT})
-    both = add_node(node, "Mul", [scale, row_scales], f"{name}_scales")
-    last, inputs = "Mul", [wide, both]
-    if is_standard(node, "Gemm") and len(node.inputs) > 2 and node.inputs[2] is not None:
-        last, inputs = "Add", [add_node(node, "Mul", inputs, f"{name}_product"), node.inputs[2]]
-    final = ir().node(last, inputs, outputs=[ir().Value(name=f"{name}_", type=output.type, shape=output.shape)])
-    node.graph.insert_before(node, final)
-    _take_over(output, final.outputs[0])
-    return True
 
 
 def _take_over(old: Any, new: Any) -> None:
@@ -308,32 +283,15 @@ def without_integers(path: Path, target: Path) -> None:
             source = node.inputs[0].producer()
             if array is not None:
                 value = new_constant(model.graph, f"{node.outputs[0].name}_float", _dequantized(node, array))
-            elif is_standard(source, "QuantizeLinear"):
+            elif is_standard(source, "QuantizeLinear", "DynamicQuantizeLinear"):
                 value = source.inputs[0]
             else:
                 continue
             if node.outputs[0].is_graph_output():
                 value = _named(node, value)
             node.outputs[0].replace_all_uses_with(value, replace_graph_outputs=True)
-        elif is_standard(node, "MatMulInteger"):
-            _float_product(node)
     remove_unused(model)
     tools.save(model, str(target))
-
-
-def _float_product(node: Any) -> None:
-    """MatMulInteger, Cast and Mul by the scales, as this package writes them, back to one MatMul."""
-    source, q = node.inputs[0].producer(), constant(node.inputs[1])
-    cast: Any = next(iter(node.outputs[0].consumers()), None)
-    scaled: Any = None if cast is None else next(iter(cast.outputs[0].consumers()), None)
-    both: Any = None if scaled is None else scaled.inputs[1].producer()
-    scales = constant(both.inputs[1]) if is_standard(both, "Mul") else None
-    if q is None or scales is None or not is_standard(source, "DynamicQuantizeLinear"):
-        return
-    table = new_constant(node.graph, f"{node.outputs[0].name}_float", q.astype(np.float32) * scales)
-    product = add_node(scaled, "MatMul", [source.inputs[0], table], f"{node.outputs[0].name}_product")
-    product.type, product.shape = scaled.outputs[0].type, scaled.outputs[0].shape
-    _take_over(scaled.outputs[0], product)
 
 
 def _named(node: Any, value: Any) -> Any:
