@@ -104,3 +104,19 @@ def test_one_unit_in_the_last_place_is_off_the_grid(tmp_path: Path) -> None:
     with pytest.raises(StageError, match=r"2\.weight off the 8-bit grid"):
         compress([fw.Quantize(8), Move()])
     assert compress([Move()]).model is not None
+
+
+@dataclasses.dataclass(frozen=True)
+class Finer:
+    """A method that leaves weights on a grid, of twice as many bits."""
+
+    def __call__(self, model: nn.Module, task: fw.Task, stage: fw.Stage) -> fw.Plan:
+        weight = model.get_parameter("0.weight")
+        with torch.no_grad():
+            weight.copy_(torch.randint(-100, 100, weight.shape) * 0.01)
+        return fw.Plan()
+
+
+def test_a_finer_grid_in_the_end_is_refused_too() -> None:
+    with pytest.raises(StageError, match=r"0\.weight off the 4-bit grid"):
+        compress([fw.Quantize(4), Finer()])
