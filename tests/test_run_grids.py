@@ -113,7 +113,7 @@ class Finer:
     def __call__(self, model: nn.Module, task: fw.Task, stage: fw.Stage) -> fw.Plan:
         weight = model.get_parameter("0.weight")
         with torch.no_grad():
-            weight.copy_(torch.randint(-100, 100, weight.shape) * 0.01)
+            weight.copy_(torch.randint(-100, 100, weight.shape) * 0.01 * (weight != 0))
         return fw.Plan()
 
 
