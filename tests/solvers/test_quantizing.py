@@ -95,6 +95,10 @@ def test_bad_grids_and_solvers_are_refused() -> None:
         quantize(W, H, fit_grid(W[:3], GridSpec(3)))
     with pytest.raises(OptionError, match="rows and chunks"):
         quantize(W, H, dataclasses.replace(fit_grid(W, GridSpec(3)), chunk=7))
+    with pytest.raises(OptionError, match="1 bit has no zero"):
+        quantize(torch.ones(2, 3), torch.eye(3), GridSpec(bits=1))
+    with pytest.raises(OptionError, match="1 bit has no zero"):
+        prune_and_quantize(torch.ones(2, 4), torch.eye(4), GridSpec(bits=1), "2:4")
     with pytest.raises(OptionError, match="gptq"):
         quantize(W, H, GridSpec(3), solver="gptqq")
 

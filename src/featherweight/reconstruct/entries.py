@@ -135,6 +135,8 @@ class Contents:
         return default_levels(pattern) if self.levels is None else self.levels
 
     def spec(self, bits: int) -> GridSpec:
+        if type(bits) is not int or not 2 <= bits <= 8:  # an entry's zero points are int8
+            raise OptionError(f"bits must be 2 to 8; got {bits!r}.")
         return GridSpec(bits, symmetric=self.symmetric, chunk=self.chunk)
 
 

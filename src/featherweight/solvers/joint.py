@@ -22,7 +22,7 @@ from featherweight.solvers.contest import Judge, Rules, contest
 from featherweight.solvers.hessian import damp, layer_loss
 from featherweight.solvers.problem import Pruning, Quantization, pruning
 from featherweight.solvers.pruning import prune
-from featherweight.solvers.quantizing import QUANTIZERS, Quantized, polish
+from featherweight.solvers.quantizing import QUANTIZERS, Quantized, check_zero, polish
 from featherweight.solvers.units import ColumnSets
 
 __all__ = ["prune_and_quantize"]
@@ -55,6 +55,7 @@ def prune_and_quantize(
     >>> result.pruned
     tensor([[False,  True, False,  True]])
     """
+    check_zero(grid)
     problem = pruning(W, H, pattern, sparsity, run=run, damping=damping, budget_bytes=budget_bytes)
     sparse = prune(
         W, H, pattern, sparsity, run=run, damping=damping, budget_bytes=budget_bytes, work=work / 2, judge=judge

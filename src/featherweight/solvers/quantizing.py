@@ -25,7 +25,7 @@ from featherweight.solvers.obq import obq
 from featherweight.solvers.problem import Quantization
 from featherweight.solvers.scales import least_squares_scales
 
-__all__ = ["QUANTIZERS", "Quantized", "Quantizer", "quantize"]
+__all__ = ["QUANTIZERS", "Quantized", "Quantizer", "check_zero", "quantize"]
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -71,7 +71,7 @@ def quantize(
     work: float = 1000.0,
     judge: Judge | None = None,
 ) -> Quantized:
-    """W (rows, d) on a grid of 2 to 8 bits, so chosen that the layer's error on H (d, d) rises least.
+    """W (rows, d) on a grid of 2 bits or more, so chosen that the layer's error on H (d, d) rises least.
 
     Saves 32 / bits of the weights' bytes before scales, and time only where a runtime computes with such integers.
     W and H are not changed.
@@ -93,6 +93,7 @@ def quantize(
     """
     damped = damp(H, damping)
     check_weights(W, H)
+    check_zero(grid)
     grid = fit_grid(W, grid) if isinstance(grid, GridSpec) else grid
     if grid.scale.shape != (len(W), -(-W.shape[1] // grid.chunk)) or grid.zero_point.shape != grid.scale.shape:
         raise OptionError(
@@ -126,6 +127,12 @@ def quantize(
         used.damping,
         (*damped.notes, *_unpaid(solver, names, rules), *found.notes),
     )
+
+
+def check_zero(grid: Grid | GridSpec) -> None:
+    """Raises `OptionError` for one bit: its grid has no zero, where solvers put what is pruned or dead."""
+    if grid.bits == 1:
+        raise OptionError("a grid of 1 bit has no zero, which solvers need; give 2 bits or more.")
 
 
 def _unpaid(solver: str, names: list[str], rules: Rules) -> tuple[str, ...]:
