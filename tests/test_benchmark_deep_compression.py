@@ -58,7 +58,7 @@ def test_a_run_leaves_a_line_and_the_page_its_tables(digits: Path) -> None:
     assert right.mean() == pytest.approx(row["test"]["compressed"])
     main(["tables", "--results", str(results), "--page", str(page)])
     text = page.read_text()
-    assert "LeNet-300-100 | 93 % zeros, 16 numbers" in text and f"{row['sizes']['gzip']:,}" in text
+    assert "LeNet-300-100 | 93 % pruned" in text and f"{row['sizes']['gzip']:,}" in text
 
 
 def test_the_networks_are_those_of_the_papers() -> None:

@@ -34,7 +34,15 @@ def compress(setting: Setting, seed: int, python: Path | None = None, dense_step
     stages = {"dense": task.evaluate(teacher), "pruned": task.evaluate(model)}
     zeros = nn.utils.parameters_to_vector(model.parameters()) == 0
     before = copy.deepcopy(model)
-    cluster = fw.Cluster(setting.clusters, start="exact", rate=setting.rate, biases=setting.biases, coder="adaptive")
+    cluster = fw.Cluster(
+        setting.clusters,
+        start="exact",
+        importance="hessian",
+        rate=setting.rate,
+        biases=setting.biases,
+        coder="adaptive",
+        samples=2000,
+    )
     plan = cluster(model, task, fw.Stage(seed=seed))
     stages["clustered"] = task.evaluate(model)
     tune = fw.Train(steps=setting.tune_steps, lr=2e-4, distill=TEACHER, hooks=[fw.TuneCentroids()])

@@ -21,17 +21,14 @@ class Setting:
     tune_steps: int
 
 
-_300_FEWER = {"fc1": 0.91, "fc2": 0.86, "fc3": 0.4}
+_300_FEWER = {"fc1": 0.9, "fc2": 0.85, "fc3": 0.4}
 _300 = {"fc1": 0.94, "fc2": 0.88, "fc3": 0.5}
-_300_MORE = {"fc1": 0.97, "fc2": 0.93, "fc3": 0.7}
+_5_FEWER = {"conv1": 0.3, "conv2": 0.88, "fc1": 0.97, "fc2": 0.75}
 _5 = {"conv1": 0.4, "conv2": 0.93, "fc1": 0.985, "fc2": 0.85}
-_5_MORE = {"conv1": 0.5, "conv2": 0.95, "fc1": 0.992, "fc2": 0.9}
 
 SETTINGS = (
-    Setting("90 % zeros, 16 numbers", "lenet_300_100", _300_FEWER, 16, 16, 0.005, 8000, 1500),
-    Setting("93 % zeros, 16 numbers", "lenet_300_100", _300, 16, 16, 0.01, 6000, 1500),
-    Setting("96 % zeros, 16 numbers", "lenet_300_100", _300_MORE, 16, 16, 0.01, 4000, 1500),
-    Setting("98 % zeros, 16 numbers", "lenet_5", _5, 16, 16, 0.01, 2000, 500),
-    Setting("98 % zeros, 8 numbers", "lenet_5", _5, 8, 16, 0.01, 2000, 500),
-    Setting("98.7 % zeros, 16 numbers", "lenet_5", _5_MORE, 16, 16, 0.01, 2000, 500),
+    Setting("90 % pruned", "lenet_300_100", _300_FEWER, 16, 16, 0.01, 7000, 2000),
+    Setting("93 % pruned", "lenet_300_100", _300, 16, 16, 0.01, 6000, 2000),
+    Setting("96 % pruned", "lenet_5", _5_FEWER, 16, 16, 0.01, 2500, 500),
+    Setting("98 % pruned", "lenet_5", _5, 16, 16, 0.01, 2000, 500),
 )

@@ -142,6 +142,24 @@ def test_the_price_is_per_bit_and_relative_so_that_scale_does_not_matter() -> No
         assert found.bits == pytest.approx(kmeans(x, 16, rate=0.01, zero=True).bits, rel=1e-3)
 
 
+def test_zeros_stay_zero_however_rare_and_dear_they_are() -> None:
+    x = np.concatenate([np.zeros(3), 0.5 + np.random.default_rng(9).random(5000)])
+    for weight in (None, np.ones(5003)):
+        found = kmeans(x, 8, rate=0.2, zero=True, importance=weight)
+        assert (found.values[:3] == 0).all() and (found.values[3:] != 0).mean() > 0.9
+
+
+def test_importance_and_a_price_together_spend_bits_where_they_matter() -> None:
+    """Values that weigh next to nothing go to the cheapest word, and those that weigh much stay apart."""
+    chance = np.random.default_rng(10)
+    x, weight = chance.normal(size=4000), np.repeat([1e-4, 1.0], 2000)
+    found = kmeans(x, 16, rate=0.02, zero=True, importance=weight)
+    assert (found.values[:2000] == 0).all() and len(np.unique(found.index[2000:])) > 10
+    alike = kmeans(x, 16, rate=0.02, zero=True)
+    error, other = (((x - one.values)[2000:] ** 2).mean() for one in (found, alike))
+    assert found.bits < 0.7 * alike.bits and error < 1.2 * other
+
+
 def test_a_higher_price_never_takes_more_bits() -> None:
     x = np.concatenate([np.zeros(5000), np.random.default_rng(7).normal(size=5000)])
     bits = [kmeans(x, 16, rate=rate, zero=True).bits for rate in (0.0, 0.003, 0.01, 0.03, 0.1, 1.0, 100.0)]
