@@ -266,19 +266,17 @@ def _with_edges(job: _Job, made: _Made) -> _Made:
     """The same with grids between its layers, if there is data to take their ranges from."""
     if not job.marks.static:
         return made
-    if job.calibration is None:
-        missing = edges_without_ranges(made.file)
+    missing = edges_without_ranges(made.file) if job.calibration is None else 0
+    if missing:
         note = (
             f"{missing} sums, concatenations, poolings and outputs of convolutions have no grid, so that runtimes compute "
             "them in floating point. Give calibration, some batches of data."
         )
-        return dataclasses.replace(made, notes=(*made.notes, note)) if missing else made
-    folder = made.file.parent.with_name("edges")
-    folder.mkdir()
-    scratch = made.file.parent.with_name("ranges")
-    scratch.mkdir()
-    file = folder / made.file.name
-    new = with_edges(made.file, job.calibration, file, scratch)
+        return dataclasses.replace(made, notes=(*made.notes, note))
+    file, scratch = (made.file.parent.with_name(name) / made.file.name for name in ("edges", "ranges"))
+    file.parent.mkdir()
+    scratch.mkdir(parents=True)
+    new = with_edges(made.file, () if job.calibration is None else job.calibration, file, scratch)
     words = _disagreement(job, file, [job.inputs])
     if words:
         note = f"Grids between layers were left out: with them, {words}."
