@@ -78,8 +78,7 @@ def bench(
 ) -> dict[str, Any]:
     """Times each of `models` in each runtime, all interleaved; compares each with the first one in the same runtime.
 
-    A quantized ONNX file is timed beside itself in float32 as well, its integers and grids taken out, and `integers` tells
-    of each runtime which layers it computes as what: that int8 is faster is not to be taken for granted.
+    A quantized ONNX file is timed beside itself in float32 too, and `integers` tells what each runtime makes of it.
 
     Raises `OptionError` for a runtime that one of the models cannot run in, `ArtefactError` for files that are missing.
     """
@@ -115,8 +114,7 @@ def bench(
             latency = timed[f"{index} {source.name} {name}"]
             row = {"model": source.name, "runtime": name, "bytes": sizes[index], "latency": latency.to_dict()}
             rows.append({**row, "comparison": measure.compare(first, latency).to_dict() if index else None})
-    shapes = [list(x.shape) for x in examples]
-    facts = {"inputs": shapes, "threads": threads, "rows": rows, "integers": integers}
+    facts = {"inputs": [list(x.shape) for x in examples], "threads": threads, "rows": rows, "integers": integers}
     return {**facts, "machine": measure.machine_facts()}
 
 
