@@ -120,7 +120,7 @@ def test_rows_of_every_kind_of_layer_are_found(kind: str, bits: int) -> None:
 
 
 @pytest.mark.parametrize("chunk", [32, 48, 64, 128])
-@pytest.mark.parametrize("module", [nn.Linear(384, 8), nn.Conv1d(96, 8, 4), nn.ConvTranspose1d(384, 8, 1)], ids=str)
+@pytest.mark.parametrize("module", [nn.Linear(384, 8), nn.Conv1d(96, 8, 4), nn.ConvTranspose1d(96, 8, 4)], ids=str)
 def test_chunks_are_those_of_the_solvers_columns(module: nn.Module, chunk: int) -> None:
     weight = weights(module)[0][0]
     matrix = to_matrix(weight, torch.randn(weight.parameter.shape, generator=torch.Generator().manual_seed(1)))
@@ -152,6 +152,16 @@ def test_one_scale_for_all_is_preferred_and_zero_points_come_first_in_the_stream
         parts = CODECS["int"].encode(source, ("6", "all", "z"))
     assert reader.fields(parts["integers"].numpy().tobytes(), 6, 3) == [4, 0, 1]
     assert parts["scale"].dtype == torch.float16
+
+
+def test_rows_far_from_zero_have_their_zero_point_within_the_bits() -> None:
+    tensor = torch.randint(3, 16, (8, 30), generator=torch.Generator().manual_seed(0)) * torch.rand(8, 1)
+    source = look(tensor)
+    [(params, size)] = CODECS["int"].propose(source, ())
+    assert (params, size) == ("4:0:z", -(-(8 * 30 + 8) * 4 // 8) + 32)
+    parts = CODECS["int"].encode(source, tuple(params.split(":")))
+    assert reader.fields(parts["integers"].numpy().tobytes(), 4, 8) == [0] * 8
+    assert np.array_equal(CODECS["int"].decode(source.spec, tuple(params.split(":")), parts), source.words)
 
 
 def test_negative_zero_is_no_multiple_and_an_entry_like_any_other() -> None:
