@@ -102,7 +102,7 @@ def code(tensors: Mapping[str, Tensor], hints: Mapping[str, str] = NO_HINTS) -> 
 
     >>> import torch
     >>> weight = torch.zeros(64, 64)
-    >>> weight[:, ::16] = 0.1
+    >>> weight[:, ::16] = torch.rand(64, 4)
     >>> code({"fc.weight": weight})["fc.weight"].codec
     'csr:4'
     """

@@ -54,8 +54,8 @@ def save_file(
     >>> with tempfile.TemporaryDirectory() as folder:
     ...     coded = save_file(f"{folder}/model.safetensors", {"w": torch.eye(64) * 0.1}, ties={"v": "w"})
     ...     tensors, ties = load_file(f"{folder}/model.safetensors")
-    >>> coded["w"].codec, coded["w"].dense_bytes, coded["w"].coded_bytes
-    ('csr:7', 16384, 312)
+    >>> coded["w"].codec.partition(":")[0], coded["w"].dense_bytes, coded["w"].coded_bytes < 100
+    ('entropy', 16384, True)
     >>> torch.equal(tensors["w"], torch.eye(64) * 0.1), ties
     (True, {'v': 'w'})
     """

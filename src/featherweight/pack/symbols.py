@@ -59,9 +59,10 @@ def symbols(source: Source) -> Iterator[Symbols]:
     """The views that fit this tensor, best first; none for ordinary floats. Found once for each source.
 
     >>> from featherweight.pack.source import look
-    >>> [view] = symbols(look(torch.tensor([0.0, 0.2, -0.1, 0.1] * 8)))
-    >>> view.kind, view.params, view.signed[:4].tolist()
-    ('int', ('3', 'all'), [0, 2, -1, 1])
+    >>> for view in symbols(look(torch.tensor([0.0, 0.2, -0.1, 0.1] * 8))):
+    ...     print(view.kind, view.params, view.signed[:4])
+    int ('2', 'all') [ 0  2 -1  1]
+    codebook ('4',) [ 0  2 -1  1]
     """
     yield from source.symbols
 
