@@ -31,7 +31,7 @@ def digits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         return data.Split(images, labels)
 
     made = data.Data(split(400), split(80), split(80))
-    monkeypatch.setattr(data, "load", lambda: made)
+    monkeypatch.setattr(data, "load", lambda split: made)
     monkeypatch.setattr(data, "Batches", Unmoved)
     monkeypatch.setenv("FEATHERWEIGHT_BENCHMARKS", str(tmp_path / "cache"))
     monkeypatch.setattr(training, "STEPS", dict.fromkeys(NETWORKS, 30))
@@ -53,12 +53,12 @@ def test_a_run_leaves_a_line_and_the_page_its_tables(digits: Path) -> None:
         main(["compress", "--networks", TINY.network, "--seeds", "1", "--results", str(results)])
     [row] = [json.loads(line) for line in (results / "runs.jsonl").read_text().splitlines()]
     assert row["sizes"]["dense"] == 1_066_440 and row["sizes"]["dense"] / row["sizes"]["file"] > 30
-    assert row["zeros"] >= row["pruned_zeros"] > 0.9
+    assert row["zeros"] >= row["pruned_zeros"] > 0.88
     right = np.unpackbits(np.frombuffer(bytes.fromhex(row["test"]["right"]), np.uint8))
     assert right.mean() == pytest.approx(row["test"]["compressed"])
     main(["tables", "--results", str(results), "--page", str(page)])
     text = page.read_text()
-    assert "LeNet-300-100 | 93 % pruned" in text and f"{row['sizes']['gzip']:,}" in text
+    assert "LeNet-300-100 | 90 % pruned" in text and f"{row['sizes']['gzip']:,}" in text
 
 
 def test_the_networks_are_those_of_the_papers() -> None:
@@ -91,8 +91,8 @@ def test_the_other_coder_is_judged_by_what_it_gives_back(tmp_path: Path, monkeyp
 
 
 def test_pruned_networks_are_shared_by_settings(digits: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    task = training.task_of(training.dense(TINY.network, 0))
-    first = compressing.pruned(TINY, 0, task)
+    task = training.task_of(training.dense(TINY.network, 0, 1), 1)
+    first = compressing.pruned(TINY, 0, 1, task)
     monkeypatch.setattr("featherweight.Train", None)  # nothing is trained again
-    again = compressing.pruned(dataclasses.replace(TINY, clusters=8), 0, task)
+    again = compressing.pruned(dataclasses.replace(TINY, clusters=8), 0, 1, task)
     assert all(torch.equal(a, b) for a, b in zip(first.parameters(), again.parameters(), strict=True))

@@ -35,7 +35,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if options.command == "train":
         for name in options.networks:
             for seed in range(options.seeds):
-                dense(name, seed)
+                dense(name, seed, options.split)
     elif options.command == "compress":
         _compress(options)
     elif options.command == "pretrained":
@@ -50,6 +50,7 @@ def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--networks", nargs="+", choices=list(NETWORKS), default=list(NETWORKS))
     parser.add_argument("--subjects", nargs="+", choices=list(SPARSITY), default=list(SPARSITY))
     parser.add_argument("--seeds", type=int, default=3, help="dense networks of each kind")
+    parser.add_argument("--split", type=int, default=1, help="of the data; settings were tried on 0")
     parser.add_argument("--only", default="", help="settings whose name holds this")
     parser.add_argument("--nncodec", type=Path, help="an interpreter that has nncodec")
     parser.add_argument("--threads", type=int, default=1)
@@ -60,12 +61,12 @@ def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 def _compress(options: argparse.Namespace) -> None:
     path = options.results / "runs.jsonl"
-    there = {(row["network"], row["name"], row["seed"]) for row in _rows(path)}
+    there = {(row["network"], row["name"], row["split"], row["seed"]) for row in _rows(path)}
     for seed in range(options.seeds):
         for setting in SETTINGS:
             wanted = setting.network in options.networks and options.only in setting.name
-            if wanted and (setting.network, setting.name, seed) not in there:
-                row = compress(setting, seed, options.nncodec)
+            if wanted and (setting.network, setting.name, options.split, seed) not in there:
+                row = compress(setting, seed, options.split, options.nncodec)
                 _add(path, row)
                 test = row["test"]
                 print(f"{setting.network}, {setting.name}, seed {seed}: {_size(row)}, test {test['dense']:.4f} -> {test['compressed']:.4f}, {row['accuracy']}, {row['seconds']} s", flush=True)  # fmt: skip

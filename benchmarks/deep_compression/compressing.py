@@ -24,13 +24,13 @@ from benchmarks.reconstruct.data import cache
 TEACHER = fw.KL(temperature=2.0)
 
 
-def compress(setting: Setting, seed: int, python: Path | None = None, dense_steps: int | None = None) -> dict[str, Any]:
+def compress(setting: Setting, seed: int, split: int, python: Path | None = None) -> dict[str, Any]:
     """One row of the results: every stage's accuracy, which test images are right before and after, and all sizes."""
     began = time.perf_counter()
-    splits = data.load()
-    teacher = dense(setting.network, seed, dense_steps)
-    task = task_of(teacher)
-    model = pruned(setting, seed, task)
+    splits = data.load(split)
+    teacher = dense(setting.network, seed, split)
+    task = task_of(teacher, split)
+    model = pruned(setting, seed, split, task)
     stages = {"dense": task.evaluate(teacher), "pruned": task.evaluate(model)}
     zeros = nn.utils.parameters_to_vector(model.parameters()) == 0
     before = copy.deepcopy(model)
@@ -49,7 +49,12 @@ def compress(setting: Setting, seed: int, python: Path | None = None, dense_step
     plan += tune(model, task, fw.Stage(seed=seed))
     model.eval()
     stages["tuned"] = task.evaluate(model)
-    row = dataclasses.asdict(setting) | {"seed": seed, "accuracy": stages, "test": _tests(splits.test, teacher, model)}
+    row = dataclasses.asdict(setting) | {
+        "split": split,
+        "seed": seed,
+        "accuracy": stages,
+        "test": _tests(splits.test, teacher, model),
+    }
     row["zeros"] = float((nn.utils.parameters_to_vector(model.parameters()) == 0).float().mean())
     row["pruned_zeros"] = float(zeros.float().mean())
     row["sizes"] = sizes(model, plan)
@@ -61,11 +66,11 @@ def compress(setting: Setting, seed: int, python: Path | None = None, dense_step
     return row | {"seconds": round(time.perf_counter() - began, 1)}
 
 
-def pruned(setting: Setting, seed: int, task: fw.Task) -> nn.Module:
+def pruned(setting: Setting, seed: int, split: int, task: fw.Task) -> nn.Module:
     """The dense network after gradual pruning; kept in the folder of the data, since settings share it."""
     model = copy.deepcopy(task.model)
     shares = "-".join(f"{share:g}" for share in setting.sparsity.values())
-    path = cache() / f"deep-compression-{setting.network}-{seed}-{shares}-{setting.prune_steps}.safetensors"
+    path = cache() / f"deep-compression-{split}-{setting.network}-{seed}-{shares}-{setting.prune_steps}.safetensors"
     if path.exists():
         model.load_state_dict(load_file(path))
         return model.eval()

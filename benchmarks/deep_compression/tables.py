@@ -35,9 +35,9 @@ def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
 
 
 def groups(rows: list[Row]) -> list[list[Row]]:
-    """The runs of each network and setting, over seeds."""
-    keys = dict.fromkeys((row["network"], row["name"]) for row in rows)
-    return [[row for row in rows if (row["network"], row["name"]) == key] for key in keys]
+    """The runs of each split, network and setting, over seeds."""
+    kinds = [(-row["split"], row["network"], row["name"]) for row in rows]
+    return [[row for row, other in zip(rows, kinds, strict=True) if other == kind] for kind in sorted(set(kinds))]
 
 
 def mean(rows: Iterable[float]) -> float:
@@ -60,9 +60,10 @@ def accuracy(rows: list[Row]) -> str:
                 f"{bytes_:,.0f}",
                 f"{mean(r['sizes']['dense'] / r['sizes']['file'] for r in own):.1f}x",
                 str(len(own)),
+                str(own[0]["split"]),
             ]
         )
-    head = ["network", "setting", "zeros", "dense, %", "compressed, %", "points lost [95 %]", "file, bytes", "smaller", "seeds"]  # fmt: skip
+    head = ["network", "setting", "zeros", "dense, %", "compressed, %", "points lost [95 %]", "file, bytes", "smaller", "seeds", "split"]  # fmt: skip
     return table(head, body)
 
 
@@ -70,7 +71,7 @@ def sizes(rows: list[Row]) -> str:
     """Bytes of the same weights by different coders, means over seeds."""
     body = []
     for own in groups(rows):
-        cells = [TITLES[own[0]["network"]], own[0]["name"]]
+        cells = [TITLES[own[0]["network"]], own[0]["name"], str(own[0]["split"])]
         for pick in (
             lambda r: r["sizes"]["dense"],
             lambda r: r["sizes"]["gzip"],
@@ -83,16 +84,16 @@ def sizes(rows: list[Row]) -> str:
             found = [pick(r) for r in own]
             cells.append("–" if None in found else f"{mean(found):,.0f}")
         body.append(cells)
-    head = ["network", "setting", "fp32", "gzip -9", "zstd -19", "nncodec, pruned weights", "nncodec, these weights", "ours", "with plan.json"]  # fmt: skip
+    head = ["network", "setting", "split", "fp32", "gzip -9", "zstd -19", "nncodec, pruned weights", "nncodec, these weights", "ours", "with plan.json"]  # fmt: skip
     return table(head, body)
 
 
 def stages(rows: list[Row]) -> str:
     body = [
-        [TITLES[own[0]["network"]], own[0]["name"], *(f"{100 * mean(r['accuracy'][stage] for r in own):.2f}" for stage in ("dense", "pruned", "clustered", "tuned"))]
+        [TITLES[own[0]["network"]], own[0]["name"], str(own[0]["split"]), *(f"{100 * mean(r['accuracy'][stage] for r in own):.2f}" for stage in ("dense", "pruned", "clustered", "tuned"))]
         for own in groups(rows)
     ]  # fmt: skip
-    return table(["network", "setting", "dense", "pruned", "clustered", "centroids tuned"], body)
+    return table(["network", "setting", "split", "dense", "pruned", "clustered", "centroids tuned"], body)
 
 
 def pretrained(rows: list[Row]) -> str:

@@ -19,9 +19,9 @@ from benchmarks.reconstruct.data import cache
 STEPS = {"lenet_300_100": 6000, "lenet_5": 3000}
 
 
-def task_of(model: nn.Module) -> fw.Task:
-    """Trains on moved images of the training split; evaluates on the validation split."""
-    splits = data.load()
+def task_of(model: nn.Module, split: int) -> fw.Task:
+    """Trains on moved images of the training part of a split; evaluates on its validation part."""
+    splits = data.load(split)
     return fw.Task(
         model,
         (torch.zeros(1, 1, 28, 28),),
@@ -34,17 +34,17 @@ def task_of(model: nn.Module) -> fw.Task:
     )
 
 
-def dense(name: str, seed: int, steps: int | None = None) -> nn.Sequential:
+def dense(name: str, seed: int, split: int) -> nn.Sequential:
     """The dense network in evaluation mode: trained here the first time, later read from the folder of the data."""
-    steps = STEPS[name] if steps is None else steps
+    steps = STEPS[name]
     torch.manual_seed(seed)
     model = NETWORKS[name]()
-    path = cache() / f"deep-compression-{name}-{seed}-{steps}.safetensors"
+    path = cache() / f"deep-compression-{split}-{name}-{seed}-{steps}.safetensors"
     if path.exists():
         model.load_state_dict(load_file(path))
     else:
         train = fw.Train(steps=steps, lr=2e-3, weight_decay=0.01, warmup=min(100, steps // 10))
-        train(model, task_of(model), fw.Stage(seed=seed))
+        train(model, task_of(model, split), fw.Stage(seed=seed))
         save_file(model.state_dict(), path)
     return model.eval()
 

@@ -28,6 +28,8 @@ _ITERATIONS = 10_000
 # The exact optimum takes time in clusters x points: at most so many, and no fewer points than would serve anyone.
 _WORK, _LEAST_POINTS, _MOST_EXACT = 1 << 21, 1 << 12, 1 << 10
 _ROUNDS = 3
+# Up to so many centroids, values are compared with each; a chunk of them stays in a cache.
+_FEW, _CHUNK = 64, 1 << 15
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -203,9 +205,21 @@ def _lloyd(points: Points, centroids: Floats, clusters: int) -> Floats:
 
 
 def _nearest(flat: NDArray[np.floating], centroids: Floats, exact: bool) -> NDArray[np.unsignedinteger]:
-    # Between two neighbours of float64 there is no middle.
-    index = np.searchsorted(centroids if exact else (centroids[1:] + centroids[:-1]) / 2, flat, side="left")
-    return np.asarray(index.astype(np.min_scalar_type(len(centroids) - 1)))
+    kind = np.min_scalar_type(len(centroids) - 1)
+    if exact:  # between two neighbours of float64 there is no middle
+        return np.asarray(np.searchsorted(centroids, flat).astype(kind))
+    middles = (centroids[1:] + centroids[:-1]) / 2
+    if len(middles) > _FEW or flat.dtype != np.float32:
+        return np.asarray(np.searchsorted(middles, flat).astype(kind))
+    # Comparing all at once beats searching for each; rounded down, a middle parts the same floats.
+    narrow = middles.astype(np.float32)
+    narrow = np.where(narrow > middles, np.nextafter(narrow, np.float32(-np.inf)), narrow)
+    index = np.zeros(len(flat), np.uint8)
+    for begin in range(0, len(flat), _CHUNK):
+        part = slice(begin, begin + _CHUNK)
+        for middle in narrow:
+            index[part] += flat[part] > middle
+    return index
 
 
 def _clustering(

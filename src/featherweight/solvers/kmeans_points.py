@@ -94,7 +94,10 @@ class Points:
             return self
         by_count = np.linspace(0, len(self.x), most // 2 + 1).astype(np.intp)
         by_width = np.searchsorted(self.x, np.linspace(self.x[0], self.x[-1], most // 2)[1:-1])
-        edges = np.unique(np.concatenate([by_count, by_width, [np.searchsorted(self.x, 0.0)]]))
+        marks = np.zeros(len(self.x) + 1, bool)
+        for places in (by_count, by_width, np.searchsorted(self.x, 0.0)):
+            marks[places] = True
+        edges = np.flatnonzero(marks)
         return dataclasses.replace(
             self,
             x=self._means(edges[:-1], edges[1:]),
