@@ -64,7 +64,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.reconstruct.networks", description=__doc__)
     parser.add_argument("experiment", choices=[*EXPERIMENTS])
     parser.add_argument("subjects", nargs="*")
-    parser.add_argument("--cases", nargs="*", default=[*CASES], metavar="CASE", help=", ".join(CASES).replace("%", "%%"))
+    parser.add_argument(
+        "--cases", nargs="*", default=[*CASES], metavar="CASE", help=", ".join(CASES).replace("%", "%%")
+    )
     parser.add_argument("--methods", nargs="*", metavar="NAME", help="default: all of a case")
     parser.add_argument("--work", type=float, default=1000.0, help="1e9 multiply-adds that a search may take a layer")
     parser.add_argument("--memory", default="2 GB")

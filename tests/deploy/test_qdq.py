@@ -273,6 +273,34 @@ def test_a_recurrent_network_keeps_int8_in_the_file_and_says_what_computes_in_fl
     assert check_parity(model, made.path, [(x,)]).within_one_step == 1.0
 
 
+class Twice(nn.Module):
+    """A recurrent cell called at each step, and a convolution called twice."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.mix = nn.Conv1d(16, 16, 3, padding=1)
+        self.cell = nn.LSTMCell(16, 24)
+        self.head = nn.Linear(24, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.mix(torch.relu(self.mix(x)))
+        state = (x.new_zeros(len(x), 24), x.new_zeros(len(x), 24))
+        for step in range(x.shape[-1]):
+            state = self.cell(x[..., step], state)
+        return self.head(state[0])
+
+
+@pytest.mark.parametrize("calibrated", [True, False])
+def test_a_weight_that_is_used_twice_is_stored_once(calibrated, tmp_path) -> None:
+    x = torch.randn(2, 16, 5)
+    model = quantized(Twice(), (x,))
+    made = export_onnx(model, (x,), tmp_path / "model.onnx", calibration=[x] if calibrated else None)
+    held = [array for name, array in constants(made.path).items() if array.dtype == np.int8 and array.ndim > 1]
+    assert sum(array.size for array in held) == sum(p.numel() for p in model.parameters() if p.ndim > 1)
+    assert made.integers.int8 == 4
+    assert check_parity(model, made.path, [(x,)]).passed
+
+
 def test_a_norm_that_the_exporter_folds_leaves_the_models_integers(tmp_path) -> None:
     x = torch.randn(3, 4, 9, 9)
     net = nn.Sequential(nn.Conv2d(4, 8, 3, bias=False), nn.BatchNorm2d(8), nn.ReLU())

@@ -42,6 +42,8 @@ class Weights:
     int4: int = 0
     stored: list[str] = dataclasses.field(default_factory=list)
     uneven: list[str] = dataclasses.field(default_factory=list)
+    made: dict[tuple[Any, ...], Any] = dataclasses.field(default_factory=dict, repr=False)
+    """What stands for a weight already, by how it is read: a recurrent cell that is called at each step reads one copy."""
 
     @property
     def notes(self) -> list[str]:
@@ -115,9 +117,14 @@ def _replace(node: Any, index: int, parameters: Mapping[str, Tensor], int4: bool
     array = constant(value)
     if array is None or array.ndim < 2 or array.dtype != np.float32 or not array.any():
         return
-    if array.size < _LEAST and not _quantized_input(node, index):
+    rounded = _quantized_input(node, index)
+    if array.size < _LEAST and not rounded:
         return
     if node.op_type == "MatMul" and array.ndim != 2:
+        return
+    use = (value.name, node.op_type, index, attribute(node, "transB", 0), attribute(node, "group", 1), rounded)
+    if use in done.made:
+        node.replace_input_with(index, done.made[use])
         return
     matrix, axis = _rows(node, index, array)
     chunked = node.op_type == "MatMul" and index == 1 and int4  # blocked DequantizeLinear came with opset 21
@@ -130,18 +137,19 @@ def _replace(node: Any, index: int, parameters: Mapping[str, Tensor], int4: bool
     if node.op_type == "Gather":
         _gather(node, integers, name)
     elif axis is None:
-        _reshaped(node, index, integers, array.shape, name, group=attribute(node, "group", 1))
+        done.made[use] = _reshaped(node, integers, array.shape, name, group=attribute(node, "group", 1))
         done.stored.append(f"{node.op_type} {node.outputs[0].name}")
     else:
-        as_int4 = int4 and integers.four and not is_standard(node, "Conv", "ConvTranspose")
-        rounded = _quantized_input(node, index)
-        as_int4 = as_int4 and not rounded  # integer kernels take int8
-        _linear(node, index, integers, array.shape, axis, name, as_int4)
+        # Convolutions, and integer kernels, take int8.
+        as_int4 = int4 and integers.four and not rounded and not is_standard(node, "Conv", "ConvTranspose")
+        done.made[use] = _linear(node, integers, array.shape, axis, name, as_int4)
         if rounded and not integers.plain:
             done.uneven.append(f"{node.op_type} {node.outputs[0].name}")
         done.int4 += as_int4
         done.int8 -= as_int4
     done.int8 += 1
+    if use in done.made:
+        node.replace_input_with(index, done.made[use])
 
 
 def _quantized_input(node: Any, index: int) -> bool:
@@ -218,9 +226,7 @@ def _folded(matrix: NDArray[Any], original: Tensor | None) -> _Integers | None:
     return _Integers(q.astype(np.int8), scale, np.zeros(scale.shape, np.int8), matrix.shape[1], integers.four)
 
 
-def _linear(
-    node: Any, index: int, integers: _Integers, shape: tuple[int, ...], axis: int, name: str, int4: bool
-) -> None:
+def _linear(node: Any, integers: _Integers, shape: tuple[int, ...], axis: int, name: str, int4: bool) -> Any:
     """DequantizeLinear in the tensor's own layout, one scale a row, or a scale for each block of a MatMul's columns."""
     graph, tools = node.graph, ir()
     layout = (shape[axis], *shape[:axis], *shape[axis + 1 :])
@@ -235,7 +241,7 @@ def _linear(
         )
         inputs.append(_constant(graph, f"{name}_zero_point", zeros, kind))
     attributes = {"axis": 1 - axis, "block_size": integers.chunk} if blocked else {"axis": axis}
-    node.replace_input_with(index, add_node(node, "DequantizeLinear", inputs, f"{name}_dq", attributes))
+    return add_node(node, "DequantizeLinear", inputs, f"{name}_dq", attributes)
 
 
 def _constant(graph: Any, name: str, array: NDArray[np.int8], kind: Any) -> Any:
@@ -246,7 +252,7 @@ def _constant(graph: Any, name: str, array: NDArray[np.int8], kind: Any) -> Any:
     return new_constant(graph, name, array)
 
 
-def _reshaped(node: Any, index: int, integers: _Integers, shape: tuple[int, ...], name: str, group: int) -> None:
+def _reshaped(node: Any, integers: _Integers, shape: tuple[int, ...], name: str, group: int) -> Any:
     """As rows x columns in the file, dequantized and brought into the op's layout in front of it."""
     graph = node.graph
     inputs = [new_constant(graph, f"{name}_q", integers.q), new_constant(graph, f"{name}_scale", integers.scale[:, 0])]
@@ -258,7 +264,7 @@ def _reshaped(node: Any, index: int, integers: _Integers, shape: tuple[int, ...]
         value = add_node(node, "Reshape", [value, new_constant(graph, f"{name}_split", split)], f"{name}_split_dq")
         value = add_node(node, "Transpose", [value], f"{name}_turned", {"perm": [0, 2, 1, 3]})
     target = new_constant(graph, f"{name}_shape", np.array(shape, np.int64))
-    node.replace_input_with(index, add_node(node, "Reshape", [value, target], f"{name}_reshaped"))
+    return add_node(node, "Reshape", [value, target], f"{name}_reshaped")
 
 
 def _gather(node: Any, integers: _Integers, name: str) -> None:
