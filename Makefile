@@ -18,7 +18,7 @@ INSTALLED := $(VENV)/.installed
 # Twice quiet hides pip's warnings (a package index that a machine lists but lacks, say) and shows its errors.
 PIP_INSTALL := $(BIN)/python -m pip install -qq --disable-pip-version-check
 
-.PHONY: help install demo test lint types levels pytest gradual reconstruct comb zoo clean
+.PHONY: help install demo test lint types levels pytest gradual reconstruct comb quantize zoo clean
 
 help: ## List the targets
 	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## /\1\t/' | expand -t 12
@@ -62,6 +62,12 @@ reconstruct: $(INSTALLED) ## The figures on compression after training: hours, a
 
 comb: $(INSTALLED) ## The figures on pruned channels and heads: two hours, and packages that are fetched
 	for one in train headline curve kd classes importances pretrained latency; do $(BIN)/python -m benchmarks.comb.$$one; done
+
+quantize: $(INSTALLED) ## The figures on fewer bits: two hours, and packages that are fetched
+	for one in weights integers; do $(BIN)/python -m benchmarks.quantize.networks $$one; done
+	$(BIN)/python -m benchmarks.quantize.tables
+	$(BIN)/python -m benchmarks.quantize.qat
+	for one in train compress pretrained tables; do $(BIN)/python -m benchmarks.deep_compression $$one; done
 
 zoo: $(INSTALLED) ## Every small network of the zoo, combed, cut, trained, saved, loaded and exported: about an hour
 	$(BIN)/python -m tests.zoo.speed
