@@ -13,7 +13,7 @@ from safetensors import safe_open
 from featherweight.pack import load_file, read_header, save_file
 from featherweight.pack.codecs import CODECS
 from featherweight.pack.source import look
-from featherweight.pack.words import Spec
+from featherweight.pack.words import Spec, typed, words
 from tests.pack import reader
 from tests.pack.samples import DTYPES, FLOATS, ODD, bit_patterns, only, random_tensor
 
@@ -144,6 +144,14 @@ def test_odd_values_keep_every_bit(tmp_path: Path, bits: int, sparsity: float) -
     tensor = words.view(torch.float32)
     save_file(tmp_path / "f", {"w": tensor})
     assert same(load_file(tmp_path / "f")[0]["w"], tensor)
+
+
+def test_a_single_element_is_read_and_made_at_any_stride() -> None:
+    one = torch.arange(6.0)[1::5]
+    assert one.stride() == (5,) and one.is_contiguous()
+    assert words(one).tolist() == [0x3F800000]
+    word = np.arange(6, dtype="<u4")[1::5]
+    assert typed(word, torch.float32).view(torch.int32).tolist() == [1]
 
 
 def test_strides_views_and_lazy_bits_are_read_as_values(tmp_path: Path) -> None:

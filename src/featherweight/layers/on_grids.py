@@ -28,7 +28,7 @@ def existing_grids(
     >>> layer = nn.Linear(8, 1)
     >>> _ = layer.weight.data.copy_(torch.arange(-4, 4) * 0.1)
     >>> [(weight.name, grid.bits) for weight, grid in existing_grids(layer)]
-    [('weight', 4)]
+    [('weight', 3)]
     """
     found = []
     for weight in weights(unwrap(model))[0]:

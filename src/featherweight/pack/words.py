@@ -107,13 +107,17 @@ def words(tensor: Tensor) -> Words:
         what = "a meta tensor, which has no values" if tensor.is_meta else f"{tensor.layout} of {tensor.dtype}"
         raise ArtefactError(f"{what}: only strided tensors of torch's ordinary types can be packed.")
     plain = tensor.detach().resolve_conj().resolve_neg().cpu().contiguous()
-    flat: Words = plain.reshape(-1).view(torch.uint8).numpy()
+    # One element may be contiguous at any stride, which no view of its bytes can have.
+    flat: Words = plain.as_strided((plain.numel(),), (1,)).view(torch.uint8).numpy()
     return flat.view(f"<u{min(tensor.dtype.itemsize, 8)}")
 
 
 def typed(flat: Words, dtype: torch.dtype, shape: tuple[int, ...] | None = None) -> Tensor:
-    """The tensor whose words these are, sharing their memory; flat where no shape is given."""
-    tensor = torch.from_numpy(flat.reshape(-1).view(np.uint8)).view(dtype)
+    """The tensor whose words these are, sharing the memory of more than one; flat where no shape is given."""
+    flat = flat.reshape(-1)
+    if flat.strides != (flat.itemsize,):  # one word may be contiguous at any stride, which no view of its bytes can have
+        flat = flat.copy()
+    tensor = torch.from_numpy(flat.view(np.uint8)).view(dtype)
     return tensor if shape is None else tensor.reshape(shape)
 
 

@@ -55,6 +55,10 @@ class Sensitivity:
 
     `of` is what was measured: the metric's name (how far it fell: below zero where it rose), or `output error`, the
     squared change of the model's answers over their square. `whole` is the model's own metric.
+
+    >>> tried = Sensitivity("output error", None, (8, 4), ())
+    >>> tried.to_dict()
+    {'of': 'output error', 'whole': None, 'bits': [8, 4], 'lines': []}
     """
 
     of: str
