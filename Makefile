@@ -49,8 +49,8 @@ types: $(INSTALLED) ## Types: mypy, strict
 levels: $(INSTALLED) ## Which room may import which: import-linter
 	$(BIN)/lint-imports --no-logo
 
-pytest: $(INSTALLED) ## Tests, doctests, and the code blocks of README and docs
-	$(BIN)/python -m pytest
+pytest: $(INSTALLED) ## Tests, doctests, and the code blocks of README and docs, a process a core
+	$(BIN)/python -m pytest -n auto --dist loadfile
 
 gradual: $(INSTALLED) ## The README's figures on gradual pruning, measured anew
 	$(BIN)/python -m benchmarks.gradual all

@@ -7,6 +7,8 @@ from pathlib import Path
 
 # Before torch is imported, and for the processes that tests start: sums on two threads end in other last bits.
 os.environ["OMP_NUM_THREADS"] = "1"
+# Tables are as wide as they need, whatever the terminal that the tests are started from, or their own workers, say.
+os.environ.pop("COLUMNS", None)
 
 import pytest
 import torch
