@@ -115,7 +115,9 @@ def words(tensor: Tensor) -> Words:
 def typed(flat: Words, dtype: torch.dtype, shape: tuple[int, ...] | None = None) -> Tensor:
     """The tensor whose words these are, sharing the memory of more than one; flat where no shape is given."""
     flat = flat.reshape(-1)
-    if flat.strides != (flat.itemsize,):  # one word may be contiguous at any stride, which no view of its bytes can have
+    if flat.strides != (
+        flat.itemsize,
+    ):  # one word may be contiguous at any stride, which no view of its bytes can have
         flat = flat.copy()
     tensor = torch.from_numpy(flat.view(np.uint8)).view(dtype)
     return tensor if shape is None else tensor.reshape(shape)
