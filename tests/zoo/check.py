@@ -14,6 +14,7 @@ from __future__ import annotations
 import copy
 import json
 import sys
+import sysconfig
 import time
 import traceback
 from collections import Counter
@@ -283,12 +284,17 @@ def _timed(facts: Facts, name: str, work: Callable[[], Any]) -> Any:
         facts[name] = {"outcome": "passed", **(result if isinstance(result, dict) else {})}
     except FeatherweightError as error:
         result = None
-        facts[name] = {"outcome": "refused", "error": type(error).__name__, "reason": str(error)[:1000]}
+        facts[name] = {"outcome": "refused", "error": type(error).__name__, "reason": _told(error)}
     except Exception as error:
         result = None
-        facts[name] = {"outcome": "crashed", "reason": f"{type(error).__name__}: {error}"[:1000], "at": _where(error)}
+        facts[name] = {"outcome": "crashed", "reason": f"{type(error).__name__}: {_told(error)}", "at": _where(error)}
     facts[name]["seconds"] = round(time.perf_counter() - start, 3)
     return result
+
+
+def _told(error: BaseException) -> str:
+    """What it says, without where this machine keeps its packages."""
+    return str(error).replace(f"{sysconfig.get_path('purelib')}/", "")[:1000]
 
 
 def _where(error: BaseException) -> list[str]:
