@@ -26,6 +26,7 @@ import featherweight as fw
 from benchmarks.reconstruct.subjects import SUBJECTS, Subject, difference
 from featherweight import deploy, measure
 from featherweight.deploy import available_runtimes, calibration_inputs, session
+from featherweight.errors import FeatherweightError
 
 RESULTS = Path(__file__).parent / "results"
 BITS = (8, 6, 4, 3, 2)
@@ -126,7 +127,7 @@ def in_runtimes(subject: Subject, dense: Any, whole: Path, small: Path, options:
         )  # fmt: skip
         compared = measure.compare(timed["float32"], timed["integers"])
         told[name] = {
-            **judged(subject, dense, other),
+            **_judged_in(name, subject, dense, other),
             "float32_ms": timed["float32"].median_ms,
             "integers_ms": timed["integers"].median_ms,
             "comparison": compared.to_dict(),
@@ -134,6 +135,14 @@ def in_runtimes(subject: Subject, dense: Any, whole: Path, small: Path, options:
             "bytes": [whole.stat().st_size, small.stat().st_size],
         }
     return told
+
+
+def _judged_in(runtime: str, subject: Subject, dense: Any, opened: Any) -> Row:
+    """The metric in a runtime, or why there is none: a file takes inputs of the example's shape, but for the batch."""
+    try:
+        return judged(subject, dense, opened)
+    except FeatherweightError as error:
+        return {"error": f"{runtime}: {error}"[:300]}
 
 
 def _call(opened: Any, subject: Subject) -> Callable[[], Any]:

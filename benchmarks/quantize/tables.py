@@ -49,8 +49,9 @@ def integers(results: Path = RESULTS) -> str:
     rows = []
     for row in lines("integers", results):
         files = [row["runtimes"].get(name) for name in ("onnxruntime", "openvino")]
-        cells = [change(row), *("–" if file is None else change(file) for file in files)]
-        no_worse = all(not worse(one) for one in (row, *(file for file in files if file is not None)))
+        judged = [file for file in files if file is not None and "error" not in file]
+        cells = [change(row), *(change(file) if file in judged else "–" for file in files)]
+        no_worse = not any(worse(one) for one in (row, *judged))
         named = f"{row['subject']}, {row['metric']}"
         rows.append([named, f"{row['n']:,}", figure(row, "dense"), row["way"], *cells, "yes" if no_worse else "no"])
     head = ["network", "n", "dense", "inputs", "PyTorch", "ONNX Runtime", "OpenVINO", "within half a point"]
