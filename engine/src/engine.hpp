@@ -1,0 +1,72 @@
+// SPDX-License-Identifier: Apache-2.0
+#pragma once
+
+#include <functional>
+#include <list>
+#include <memory>
+#include <mutex>
+#include <string>
+#include <vector>
+
+#include "graph.hpp"
+#include "kernels.hpp"
+#include "plan.hpp"
+#include "pool.hpp"
+
+namespace featherweight {
+
+struct Options {
+    int threads = 1;
+    std::string instruction_set;  // "" chooses the best
+};
+
+struct Input {
+    Type type = Type::f32;
+    Dims dims;
+    const void* data = nullptr;  // row-major, dense
+};
+
+// One step's share of a run.
+struct Spent {
+    std::string node, op, what;
+    double seconds = 0, flops = 0, bytes = 0;
+};
+
+// A loaded model. `run` may be called from any number of threads at once. Plans are made for the shapes that come, the
+// first time each comes, and the last few are kept.
+class Engine {
+public:
+    Engine(Graph graph, const Options& options);
+
+    const Graph& graph() const { return graph_; }
+    const char* instruction_set() const { return kernels_.name; }
+    int threads() const { return pool_.threads(); }
+
+    // One input per graph input, in the graph's order; the outputs likewise, row-major. `spent` is filled where given.
+    // Throws Error for inputs that do not fit the graph, and Unsupported (with its node) for what cannot be planned.
+    std::vector<Tensor> run(const std::vector<Input>& inputs, std::vector<Spent>* spent = nullptr);
+    // Makes the plan that `run` would, and keeps it.
+    void prepare(const std::vector<Input>& shapes);
+    // Bytes of the arena that a plan for these shapes needs.
+    std::size_t arena_bytes(const std::vector<Input>& shapes);
+
+private:
+    struct Ready {
+        std::vector<Dims> dims;
+        Plan plan;
+        std::mutex mutex;
+        std::vector<Memory> arenas;  // that no run is using
+    };
+
+    std::shared_ptr<Ready> ready(const std::vector<Input>& inputs);
+    void check(const std::vector<Input>& inputs) const;
+
+    Graph graph_;
+    const Kernels& kernels_;
+    Pool pool_;
+    Prepared prepared_;
+    std::mutex mutex_;
+    std::list<std::shared_ptr<Ready>> plans_;  // the last used first
+};
+
+}  // namespace featherweight

@@ -1,0 +1,3 @@
+// SPDX-License-Identifier: Apache-2.0
+
+static constexpr ElementwiseKernels elementwise_kernels{};

@@ -1,0 +1,62 @@
+// SPDX-License-Identifier: Apache-2.0
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+#include "../activation.hpp"
+
+namespace featherweight {
+
+// A product is out[m][p] = finish(sum over k of W[m][k] * B[k][p]). Positions p (pixels, tokens) fill vector registers; a
+// weight is broadcast. A tile is `width` registers of positions; its panel is B's rows for a block of k.
+
+// Where positions of a tile lie in the output: a tile of small images may span several of them.
+struct Segment {
+    std::ptrdiff_t out;  // of its first position, from the row's
+    int at;              // in the tile
+    int size;
+};
+
+// What is done with a row's sums when they are whole.
+struct Finisher {
+    const float* bias;      // by row; null: none
+    Activation activation;
+    float low, high;        // as in Finish; for none and relu also: the bounds of a clamp
+    const float* residual;  // laid out as the output; null: none
+    bool residual_first;
+    float* out;
+    std::ptrdiff_t stride;  // from row to row
+    const Segment* segments;
+    int count;
+};
+
+// A block of k of a sparse matrix: for row m its entries are [start[m], start[m + 1]).
+struct SparseBlock {
+    const std::int32_t* start;
+    const std::uint16_t* k;  // within the block
+    const float* values;
+};
+
+constexpr int most_width = 8;  // registers in a tile
+
+struct ProductKernels {
+    // Rows [begin, end) times a panel of `width` registers; row k of the panel is at panel + k * step. `sums` (width * lanes
+    // floats a row, from `begin` on) carries partial sums from block to block; the first starts at the bias, the last finishes.
+    void (*sparse)(int width, const SparseBlock& block, int begin, int end, const float* panel, std::ptrdiff_t step, float* sums,
+                   bool first, bool last, const Finisher& finisher);
+    // The same with dense weights, packed by groups of dense_rows(width) rows: [group][k][row in group].
+    void (*dense)(int width, const float* packed, int depth, std::ptrdiff_t group_step, int begin, int end, const float* panel,
+                  std::ptrdiff_t step, float* sums, bool first, bool last, const Finisher& finisher);
+    int (*dense_rows)(int width);
+    // One position: out[m] = finish(sum of values * x), x gathered by column.
+    void (*vector)(const std::int32_t* start, const std::int32_t* columns, const float* values, int begin, int end, const float* x,
+                   const Finisher& finisher);
+    // A plane of a depthwise convolution, padded already: out[y][x] = finish(sum of w[i] * in[offsets[i] + y * row + x]).
+    // `in` has phases of stride-x columns apart, so that x is contiguous.
+    void (*depthwise)(const float* in, const std::int32_t* offsets, const float* weights, int taps, int rows, int columns,
+                      std::ptrdiff_t row, float bias, Activation activation, float low, float high, const float* residual,
+                      bool residual_first, float* out);
+};
+
+}  // namespace featherweight

@@ -1,0 +1,218 @@
+// SPDX-License-Identifier: Apache-2.0
+
+// The sums of one row become its output. Where a tile is one whole segment and the activation is a clamp, nothing but
+// registers is touched; else the sums go through memory, segment by segment.
+static inline Vec finished(Vec sum, const Finisher& to, Vec residual) {
+    if (to.residual != nullptr && to.residual_first) sum += residual;
+    sum = activated(sum, to.activation, to.low, to.high);
+    if (to.residual != nullptr && !to.residual_first) sum += residual;
+    return sum;
+}
+
+__attribute__((noinline)) static void finish_segments(const float* sums, const Finisher& to, int row) {
+    for (int s = 0; s < to.count; ++s) {
+        const Segment& segment = to.segments[s];
+        const std::ptrdiff_t base = row * to.stride + segment.out;
+        int i = 0;
+        for (; i + lanes <= segment.size; i += lanes) {
+            const Vec residual = to.residual != nullptr ? load(to.residual + base + i) : Vec{};
+            store(to.out + base + i, finished(load(sums + segment.at + i), to, residual));
+        }
+        if (const int rest = segment.size - i; rest > 0) {
+            const Vec residual = to.residual != nullptr ? load_first(to.residual + base + i, rest) : Vec{};
+            store_first(to.out + base + i, finished(load_first(sums + segment.at + i, rest), to, residual), rest);
+        }
+    }
+}
+
+template <int width>
+static inline void finish(const Vec (&sums)[width], const Finisher& to, int row) {
+    const bool simple = to.activation == Activation::none || to.activation == Activation::relu || to.activation == Activation::clip;
+    if (to.count == 1 && to.segments[0].size == width * lanes && simple) {
+        const std::ptrdiff_t base = row * to.stride + to.segments[0].out;
+        float* out = to.out + base;
+        const Vec low = splat(to.low), high = splat(to.high);
+        if (to.residual == nullptr) {
+#pragma GCC unroll 8
+            for (int t = 0; t < width; ++t) store(out + t * lanes, clamp(sums[t], low, high));
+        } else if (to.residual_first) {
+            const float* residual = to.residual + base;
+#pragma GCC unroll 8
+            for (int t = 0; t < width; ++t) store(out + t * lanes, clamp(sums[t] + load(residual + t * lanes), low, high));
+        } else {
+            const float* residual = to.residual + base;
+#pragma GCC unroll 8
+            for (int t = 0; t < width; ++t) store(out + t * lanes, clamp(sums[t], low, high) + load(residual + t * lanes));
+        }
+        return;
+    }
+    float whole[width * lanes];
+#pragma GCC unroll 8
+    for (int t = 0; t < width; ++t) store(whole + t * lanes, sums[t]);
+    finish_segments(whole, to, row);
+}
+
+template <int width>
+static void sparse_rows(const SparseBlock& block, int begin, int end, const float* panel, std::ptrdiff_t step, float* sums, bool first,
+                        bool last, const Finisher& finisher) {
+    const std::int32_t* start = block.start;
+    const std::uint16_t* k = block.k + start[begin];
+    const float* value = block.values + start[begin];
+    for (int row = begin; row < end; ++row) {
+        float* kept = sums + static_cast<std::ptrdiff_t>(row - begin) * width * lanes;
+        Vec sum[width];
+        if (first) {
+            const Vec bias = splat(finisher.bias != nullptr ? finisher.bias[row] : 0.0f);
+#pragma GCC unroll 8
+            for (int t = 0; t < width; ++t) sum[t] = bias;
+        } else {
+#pragma GCC unroll 8
+            for (int t = 0; t < width; ++t) sum[t] = load(kept + t * lanes);
+        }
+        const float* stop = block.values + start[row + 1];
+        for (; value != stop; ++value, ++k) {
+            const Vec weight = splat(*value);
+            const float* from = panel + *k * step;
+#pragma GCC unroll 8
+            for (int t = 0; t < width; ++t) sum[t] += weight * load(from + t * lanes);
+        }
+        if (last) {
+            finish<width>(sum, finisher, row);
+        } else {
+#pragma GCC unroll 8
+            for (int t = 0; t < width; ++t) store(kept + t * lanes, sum[t]);
+        }
+    }
+}
+
+static void sparse(int width, const SparseBlock& block, int begin, int end, const float* panel, std::ptrdiff_t step, float* sums,
+                   bool first, bool last, const Finisher& finisher) {
+    switch (width) {
+        case 1: return sparse_rows<1>(block, begin, end, panel, step, sums, first, last, finisher);
+        case 2: return sparse_rows<2>(block, begin, end, panel, step, sums, first, last, finisher);
+        case 3: return sparse_rows<3>(block, begin, end, panel, step, sums, first, last, finisher);
+        case 4: return sparse_rows<4>(block, begin, end, panel, step, sums, first, last, finisher);
+        case 5: return sparse_rows<5>(block, begin, end, panel, step, sums, first, last, finisher);
+        case 6: return sparse_rows<6>(block, begin, end, panel, step, sums, first, last, finisher);
+        case 7: return sparse_rows<7>(block, begin, end, panel, step, sums, first, last, finisher);
+        default: return sparse_rows<8>(block, begin, end, panel, step, sums, first, last, finisher);
+    }
+}
+
+// Rows in a register block: as many as leave registers for one row of the panel and a weight.
+constexpr int registers = KERNELS_REGISTERS;
+constexpr int rows_of(int width) {
+    const int rows = (registers - width - 1) / width;
+    return rows > 12 ? 12 : rows < 1 ? 1 : rows;
+}
+
+static int dense_rows(int width) { return rows_of(width); }
+
+template <int width>
+static void dense_tile(const float* packed, int depth, std::ptrdiff_t group_step, int begin, int end, const float* panel,
+                       std::ptrdiff_t step, float* sums, bool first, bool last, const Finisher& finisher) {
+    constexpr int rows = rows_of(width);
+    for (int group = begin / rows; group * rows < end; ++group) {
+        const float* weights = packed + group * group_step;
+        const int there = end - group * rows < rows ? end - group * rows : rows;
+        float* kept = sums + static_cast<std::ptrdiff_t>(group * rows - begin) * width * lanes;
+        Vec sum[rows][width];
+        for (int r = 0; r < rows; ++r) {
+            if (first) {
+                const Vec bias = splat(finisher.bias != nullptr && r < there ? finisher.bias[group * rows + r] : 0.0f);
+#pragma GCC unroll 8
+                for (int t = 0; t < width; ++t) sum[r][t] = bias;
+            } else {
+#pragma GCC unroll 8
+                for (int t = 0; t < width; ++t) sum[r][t] = r < there ? load(kept + (r * width + t) * lanes) : Vec{};
+            }
+        }
+        const float* from = panel;
+        for (int k = 0; k < depth; ++k, from += step, weights += rows) {
+            Vec x[width];
+#pragma GCC unroll 8
+            for (int t = 0; t < width; ++t) x[t] = load(from + t * lanes);
+#pragma GCC unroll 12
+            for (int r = 0; r < rows; ++r) {
+                const Vec weight = splat(weights[r]);
+#pragma GCC unroll 8
+                for (int t = 0; t < width; ++t) sum[r][t] += weight * x[t];
+            }
+        }
+        for (int r = 0; r < there; ++r) {
+            if (last) {
+                finish<width>(sum[r], finisher, group * rows + r);
+            } else {
+#pragma GCC unroll 8
+                for (int t = 0; t < width; ++t) store(kept + (r * width + t) * lanes, sum[r][t]);
+            }
+        }
+    }
+}
+
+static void dense(int width, const float* packed, int depth, std::ptrdiff_t group_step, int begin, int end, const float* panel,
+                  std::ptrdiff_t step, float* sums, bool first, bool last, const Finisher& finisher) {
+    switch (width) {
+        case 1: return dense_tile<1>(packed, depth, group_step, begin, end, panel, step, sums, first, last, finisher);
+        case 2: return dense_tile<2>(packed, depth, group_step, begin, end, panel, step, sums, first, last, finisher);
+        case 3: return dense_tile<3>(packed, depth, group_step, begin, end, panel, step, sums, first, last, finisher);
+        default: return dense_tile<4>(packed, depth, group_step, begin, end, panel, step, sums, first, last, finisher);
+    }
+}
+
+static void vector(const std::int32_t* start, const std::int32_t* columns, const float* values, int begin, int end, const float* x,
+                   const Finisher& finisher) {
+    for (int row = begin; row < end; ++row) {
+        // Four sums, so that an addition need not wait for the one before it.
+        float sum[4] = {finisher.bias != nullptr ? finisher.bias[row] : 0.0f, 0, 0, 0};
+        std::int32_t i = start[row];
+        const std::int32_t stop = start[row + 1];
+        for (; i + 4 <= stop; i += 4)
+            for (int j = 0; j < 4; ++j) sum[j] += values[i + j] * x[columns[i + j]];
+        for (; i < stop; ++i) sum[0] += values[i] * x[columns[i]];
+        const float whole = (sum[0] + sum[1]) + (sum[2] + sum[3]);
+        finish_segments(&whole, finisher, row);
+    }
+}
+
+template <int width>
+static inline void depthwise_piece(const float* in, const std::int32_t* offsets, const float* weights, int taps, float bias,
+                                   Vec (&sum)[width]) {
+#pragma GCC unroll 4
+    for (int t = 0; t < width; ++t) sum[t] = splat(bias);
+    for (int i = 0; i < taps; ++i) {
+        const Vec weight = splat(weights[i]);
+        const float* from = in + offsets[i];
+#pragma GCC unroll 4
+        for (int t = 0; t < width; ++t) sum[t] += weight * load(from + t * lanes);
+    }
+}
+
+static void depthwise(const float* in, const std::int32_t* offsets, const float* weights, int taps, int rows, int columns,
+                      std::ptrdiff_t row, float bias, Activation activation, float low, float high, const float* residual,
+                      bool residual_first, float* out) {
+    Finisher to{nullptr, activation, low, high, residual, residual_first, out, columns, nullptr, 1};
+    for (int y = 0; y < rows; ++y) {
+        int x = 0;
+        while (x < columns) {
+            const int left = columns - x;
+            if (left >= 4 * lanes) {
+                Vec sum[4];
+                depthwise_piece<4>(in + y * row + x, offsets, weights, taps, bias, sum);
+                const Segment segment{x, 0, 4 * lanes};
+                to.segments = &segment;
+                finish<4>(sum, to, y);
+                x += 4 * lanes;
+            } else {
+                Vec sum[1];
+                depthwise_piece<1>(in + y * row + x, offsets, weights, taps, bias, sum);
+                const Segment segment{x, 0, left < lanes ? left : lanes};
+                to.segments = &segment;
+                finish<1>(sum, to, y);
+                x += lanes;
+            }
+        }
+    }
+}
+
+static constexpr ProductKernels product_kernels{sparse, dense, dense_rows, vector, depthwise};

@@ -1,0 +1,246 @@
+// SPDX-License-Identifier: Apache-2.0
+#include "plan.hpp"
+
+#include <algorithm>
+#include <numeric>
+
+namespace featherweight {
+
+struct Planner::State {
+    const Graph& graph;
+    const Kernels& kernels;
+    Pool& pool;
+    Prepared& prepared;
+    Plan plan;
+    std::vector<std::optional<Fact>> facts;  // by value
+    int node = -1;
+
+    Fact& known(int value) {
+        std::optional<Fact>& fact = facts[value];
+        if (!fact && graph.values[value].constant) fact = held(*graph.values[value].constant);
+        if (!fact) throw Error("value '" + graph.values[value].name + "' is used before it is made");
+        return *fact;
+    }
+
+    Fact room(Type type, const Dims& dims) {
+        Fact fact{type, dims, row_major(dims), 0, static_cast<int>(plan.buffers.size()), false};
+        Buffer buffer;
+        buffer.bytes = static_cast<std::size_t>(count(dims)) * size_of(type);
+        plan.buffers.push_back(std::move(buffer));
+        return fact;
+    }
+
+    Fact held(const Tensor& tensor) {
+        Fact fact = room(tensor.type, tensor.dims);
+        plan.buffers.back().constant = tensor;
+        fact.constant = true;
+        return fact;
+    }
+
+    // A constant's elements, row-major.
+    Tensor elements(const Fact& fact) {
+        const Tensor& held = *plan.buffers[fact.buffer].constant;
+        if (fact.is_row_major() && fact.offset == 0 && held.type == fact.type && count(held.dims) == fact.size()) {
+            Tensor same = held;
+            same.dims = fact.dims;
+            return same;
+        }
+        Tensor made(fact.type, fact.dims);
+        const Fact to{fact.type, fact.dims, row_major(fact.dims), 0, -1, false};
+        copy(pool, fact, held.bytes() + fact.offset * static_cast<std::int64_t>(size_of(fact.type)), to, made.bytes());
+        return made;
+    }
+
+    // Carries out the steps from `begin` on, all of whose inputs are constants, and turns what they made into constants.
+    void evaluate(std::size_t begin) {
+        std::vector<std::byte*> bases(plan.buffers.size(), nullptr);
+        for (std::size_t i = 0; i < plan.buffers.size(); ++i) {
+            Buffer& buffer = plan.buffers[i];
+            if (!buffer.constant && buffer.first >= static_cast<int>(begin)) {
+                Tensor tensor;
+                tensor.type = Type::u8;
+                tensor.dims = {static_cast<std::int64_t>(buffer.bytes)};
+                tensor.memory = std::make_shared<Memory>(buffer.bytes);
+                buffer.constant = tensor;
+                buffer.first = buffer.last = -1;
+            }
+            if (buffer.constant) bases[i] = buffer.constant->bytes();
+        }
+        Frame frame(bases, pool, kernels);
+        for (std::size_t i = begin; i < plan.steps.size(); ++i) plan.steps[i].work(frame);
+        plan.steps.resize(begin);
+    }
+};
+
+const Node& Planner::node() const { return state_.graph.nodes[state_.node]; }
+int Planner::opset() const { return static_cast<int>(state_.graph.opset); }
+int Planner::index() const { return state_.node; }
+const Kernels& Planner::kernels() const { return state_.kernels; }
+Pool& Planner::pool() const { return state_.pool; }
+int Planner::threads() const { return state_.pool.threads(); }
+Prepared& Planner::store() const { return state_.prepared; }
+Fact Planner::fact(int value) const { return state_.known(value); }
+
+int Planner::inputs() const {
+    std::size_t size = node().inputs.size();
+    while (size > 0 && node().inputs[size - 1] < 0) --size;
+    return static_cast<int>(size);
+}
+
+bool Planner::has(int input) const { return input < inputs() && node().inputs[input] >= 0; }
+
+const Fact& Planner::in(int input) const {
+    if (!has(input)) throw Error(node().describe() + " lacks its input " + std::to_string(input));
+    return state_.known(node().inputs[input]);
+}
+
+int Planner::wanted() const { return static_cast<int>(node().outputs.size()); }
+bool Planner::wants(int output) const { return output < wanted() && node().outputs[output] >= 0; }
+
+Tensor Planner::constant(int input) const {
+    const Fact& fact = in(input);
+    if (!fact.constant)
+        throw Unsupported("its input " + std::to_string(input) + " ('" + state_.graph.values[node().inputs[input]].name +
+                          "') must be a constant");
+    return state_.elements(fact);
+}
+
+std::vector<std::int64_t> Planner::integers(int input) const {
+    const Tensor tensor = constant(input);
+    const std::size_t size = static_cast<std::size_t>(tensor.size());
+    if (tensor.type == Type::i32) return {tensor.as<std::int32_t>(), tensor.as<std::int32_t>() + size};
+    return {tensor.as<std::int64_t>(), tensor.as<std::int64_t>() + size};
+}
+
+Fact Planner::make(int output, Type type, const Dims& dims, const std::vector<int>& order) {
+    Fact fact = state_.room(type, dims);
+    if (!order.empty()) {
+        std::int64_t stride = 1;
+        for (std::size_t i = order.size(); i-- > 0;) {
+            fact.strides[order[i]] = stride;
+            stride *= dims[order[i]];
+        }
+    }
+    alias(output, fact);
+    return fact;
+}
+
+void Planner::alias(int output, const Fact& view) {
+    if (wants(output)) state_.facts[node().outputs[output]] = view;
+}
+
+void Planner::give(int output, const Tensor& tensor) { alias(output, state_.held(tensor)); }
+
+Fact Planner::scratch(Type type, const Dims& dims) { return state_.room(type, dims); }
+
+Fact Planner::dense(const Fact& fact, const std::vector<int>& order) {
+    Fact made = fact;
+    std::vector<int> axes = order;
+    if (axes.empty()) {
+        axes.resize(fact.dims.size());
+        std::iota(axes.begin(), axes.end(), 0);
+    }
+    std::int64_t stride = 1;
+    bool same = true;
+    for (std::size_t i = axes.size(); i-- > 0;) {
+        made.strides[axes[i]] = stride;
+        same = same && (fact.dims[axes[i]] == 1 || fact.strides[axes[i]] == stride);
+        stride *= fact.dims[axes[i]];
+    }
+    if (same) return fact;
+    made.buffer = state_.room(fact.type, fact.dims).buffer;
+    made.offset = 0;
+    made.constant = false;
+    const double bytes = 2.0 * static_cast<double>(fact.size()) * static_cast<double>(size_of(fact.type));
+    step("copy", {fact, made}, [fact, made](Frame& frame) { copy(frame.pool, fact, frame.bytes(fact), made, frame.bytes(made)); }, 0, bytes);
+    return made;
+}
+
+void Planner::step(std::string what, std::vector<Fact> touches, Work work, double flops, double bytes) {
+    const int now = static_cast<int>(state_.plan.steps.size());
+    for (const Fact& fact : touches) {
+        Buffer& buffer = state_.plan.buffers[fact.buffer];
+        if (buffer.first < 0) buffer.first = now;
+        buffer.last = now;
+    }
+    state_.plan.steps.push_back({state_.node, std::move(what), std::move(work), flops, bytes});
+}
+
+namespace {
+
+// Offsets in the arena: the largest first, each at the lowest place where nothing alive at the same time lies.
+std::size_t place(std::vector<Buffer>& buffers) {
+    constexpr std::size_t unit = Memory::alignment;
+    const auto room = [](const Buffer& buffer) { return (buffer.bytes / unit + 1) * unit + unit; };  // a register past the end
+    std::vector<int> order;
+    for (std::size_t i = 0; i < buffers.size(); ++i)
+        if (!buffers[i].constant && buffers[i].last >= buffers[i].first && buffers[i].first >= -1 && buffers[i].last >= 0)
+            order.push_back(static_cast<int>(i));
+    std::stable_sort(order.begin(), order.end(), [&](int a, int b) { return buffers[a].bytes > buffers[b].bytes; });
+    std::vector<int> placed;  // by offset
+    std::size_t size = 0;
+    for (int each : order) {
+        Buffer& buffer = buffers[each];
+        std::size_t offset = 0;
+        for (int other : placed) {
+            const Buffer& there = buffers[other];
+            if (there.last < buffer.first || buffer.last < there.first) continue;
+            if (offset + room(buffer) <= there.offset) break;
+            offset = std::max(offset, there.offset + room(there));
+        }
+        buffer.offset = offset;
+        placed.insert(std::upper_bound(placed.begin(), placed.end(), offset,
+                                       [&](std::size_t at, int other) { return at < buffers[other].offset; }),
+                      each);
+        size = std::max(size, offset + room(buffer));
+    }
+    return size;
+}
+
+}  // namespace
+
+Plan make_plan(const Graph& graph, const std::vector<Fact>& inputs, const Kernels& kernels, Pool& pool, Prepared& prepared) {
+    Planner::State state{graph, kernels, pool, prepared, {}, std::vector<std::optional<Fact>>(graph.values.size()), -1};
+    for (std::size_t i = 0; i < graph.inputs.size(); ++i) {
+        const Fact fact = state.room(inputs[i].type, inputs[i].dims);
+        state.plan.buffers[fact.buffer].first = state.plan.buffers[fact.buffer].last = 0;
+        state.facts[graph.inputs[i]] = fact;
+        state.plan.inputs.push_back(fact);
+    }
+    for (std::size_t i = 0; i < graph.nodes.size(); ++i) {
+        const Node& node = graph.nodes[i];
+        state.node = static_cast<int>(i);
+        const std::size_t begin = state.plan.steps.size();
+        Planner planner(state);
+        try {
+            const Rule* rule = find_rule(node.domain, node.op);
+            if (rule == nullptr) throw Unsupported("there is no such op in the engine");
+            bool constant = node.finish.residual < 0 || state.known(node.finish.residual).constant;
+            for (int input : node.inputs) constant = constant && (input < 0 || state.known(input).constant);
+            (*rule)(planner);
+            for (int output : node.outputs)
+                if (output >= 0 && !state.facts[output]) throw Unsupported("it does not give output '" + graph.values[output].name + "'");
+            if (constant) {
+                state.evaluate(begin);
+                for (int output : node.outputs)
+                    if (output >= 0) state.facts[output]->constant = true;
+            }
+        } catch (const Unsupported& refusal) {
+            throw Unsupported(node.describe() + ": " + refusal.what(), static_cast<int>(i));
+        } catch (const Error& error) {
+            throw Error(node.describe() + ": " + error.what());
+        }
+    }
+    const int end = static_cast<int>(state.plan.steps.size());
+    for (int output : graph.outputs) {
+        const Fact fact = state.known(output);
+        Buffer& buffer = state.plan.buffers[fact.buffer];
+        if (buffer.first < 0) buffer.first = 0;
+        buffer.last = end;
+        state.plan.outputs.push_back(fact);
+    }
+    state.plan.arena_bytes = place(state.plan.buffers);
+    return std::move(state.plan);
+}
+
+}  // namespace featherweight

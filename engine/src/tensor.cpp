@@ -1,0 +1,93 @@
+// SPDX-License-Identifier: Apache-2.0
+#include "tensor.hpp"
+
+#include <array>
+#include <limits>
+
+namespace featherweight {
+
+namespace {
+
+struct Facts {
+    Type type;
+    std::int64_t onnx;
+    std::size_t bytes;
+    const char* name;
+};
+
+// In the order of Type, so that a type is its own index.
+constexpr std::array<Facts, 13> types{{
+    {Type::f32, 1, 4, "float"},
+    {Type::f64, 11, 8, "double"},
+    {Type::f16, 10, 2, "float16"},
+    {Type::bf16, 16, 2, "bfloat16"},
+    {Type::i8, 3, 1, "int8"},
+    {Type::i16, 5, 2, "int16"},
+    {Type::i32, 6, 4, "int32"},
+    {Type::i64, 7, 8, "int64"},
+    {Type::u8, 2, 1, "uint8"},
+    {Type::u16, 4, 2, "uint16"},
+    {Type::u32, 12, 4, "uint32"},
+    {Type::u64, 13, 8, "uint64"},
+    {Type::boolean, 9, 1, "bool"},
+}};
+
+const Facts& of(Type type) { return types[static_cast<std::size_t>(type)]; }
+
+}  // namespace
+
+std::size_t size_of(Type type) { return of(type).bytes; }
+const char* name_of(Type type) { return of(type).name; }
+std::int64_t to_onnx(Type type) { return of(type).onnx; }
+
+Type from_onnx(std::int64_t number) {
+    for (const Facts& each : types)
+        if (each.onnx == number) return each.type;
+    throw Unsupported("ONNX element type " + std::to_string(number) + " is not supported");
+}
+
+std::int64_t count(const Dims& dims) {
+    // No tensor in memory has more; and a product that stays below this cannot overflow once multiplied by 8 bytes.
+    constexpr std::int64_t most = std::numeric_limits<std::int64_t>::max() / 64;
+    std::int64_t product = 1;
+    for (std::int64_t size : dims) {
+        if (size < 0) throw Error("a tensor of shape " + describe(dims) + " has a negative size");
+        if (size != 0 && product > most / size) throw Error("a tensor of shape " + describe(dims) + " is too large");
+        product *= size;
+    }
+    return product;
+}
+
+std::string describe(const Dims& dims) {
+    if (dims.empty()) return "a scalar";
+    std::string text;
+    for (std::int64_t size : dims) text += (text.empty() ? "" : "x") + std::to_string(size);
+    return text;
+}
+
+Dims row_major(const Dims& dims) {
+    Dims strides(dims.size());
+    std::int64_t stride = 1;
+    for (std::size_t i = dims.size(); i-- > 0;) {
+        strides[i] = stride;
+        stride *= dims[i];
+    }
+    return strides;
+}
+
+Memory::Memory(std::size_t bytes) : size_(bytes) {
+    const std::size_t room = (bytes / alignment + 1) * alignment + slack;
+    if (room < bytes) throw Error("a tensor of " + std::to_string(bytes) + " bytes does not fit into memory");
+    auto* data = static_cast<std::byte*>(::operator new(room, std::align_val_t(alignment), std::nothrow));
+    if (data == nullptr) throw Error("there is no memory for " + std::to_string(bytes) + " bytes");
+    std::memset(data, 0, room);
+    data_.reset(data);
+}
+
+void Memory::Free::operator()(std::byte* data) const { ::operator delete(data, std::align_val_t(alignment)); }
+
+Tensor::Tensor(Type type, Dims dims) : type(type), dims(std::move(dims)) {
+    memory = std::make_shared<Memory>(static_cast<std::size_t>(count(this->dims)) * size_of(type));
+}
+
+}  // namespace featherweight
