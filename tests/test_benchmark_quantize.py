@@ -11,6 +11,8 @@ from benchmarks.quantize import networks, tables
 from benchmarks.reconstruct.subjects import Subject
 from torch import nn
 
+from featherweight.errors import ArtefactError
+
 
 def made_up() -> Subject:
     torch.manual_seed(0)
@@ -53,6 +55,23 @@ def test_the_exported_files_are_judged_on_the_same_samples_and_timed(options) ->
         assert file["float32_ms"] > 0 and file["integers_ms"] > 0
     (options.results / "integers.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     assert len(tables.integers(options.results).splitlines()) == len(tables.latency(options.results).splitlines()) == 3
+
+
+def test_a_runtime_that_refuses_a_file_is_told_of_in_the_row(options, monkeypatch: pytest.MonkeyPatch) -> None:
+    real = networks.session
+
+    def refusing(path, runtime, **more):
+        if runtime == "openvino":
+            raise ArtefactError(f"{path}: OpenVINO refuses it: expects Constant for port 4")
+        return real(path, runtime, **more)
+
+    monkeypatch.setattr(networks, "session", refusing)
+    rows = list(networks.integers(options, {("made up", "dynamic", 8)}))
+    assert list(rows[0]["runtimes"]["openvino"]) == ["error"]
+    assert "expects Constant for port 4" in rows[0]["runtimes"]["openvino"]["error"]
+    assert rows[0]["runtimes"]["onnxruntime"]["n"] == 48
+    (options.results / "integers.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert tables.latency(options.results).endswith("| – | – |")
 
 
 @pytest.mark.parametrize(

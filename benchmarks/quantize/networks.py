@@ -117,10 +117,14 @@ def judged(subject: Subject, dense: Any, model: Any) -> Row:
 
 
 def in_runtimes(subject: Subject, dense: Any, whole: Path, small: Path, options: argparse.Namespace) -> Row:
-    """By runtime: the metric of the file with integers, and the time of one call of it and of the float32 file."""
+    """By runtime: the metric of the file with integers, and the time of one call of it and of the float32 file; or why not."""
     told: Row = {}
     for name in available_runtimes():
-        one, other = (session(path, name, threads=options.threads) for path in (whole, small))
+        try:
+            one, other = (session(path, name, threads=options.threads) for path in (whole, small))
+        except FeatherweightError as error:
+            told[name] = {"error": f"{name}: {error}"[:300]}
+            continue
         timed = measure.time_callables(
             {"float32": _call(one, subject), "integers": _call(other, subject)},
             threads=options.threads, batch=1, runs=options.runs,

@@ -63,7 +63,7 @@ def latency(results: Path = RESULTS) -> str:
     for row in lines("integers", results):
         cells = []
         for file in (row["runtimes"].get(name) for name in ("onnxruntime", "openvino")):
-            if file is None:
+            if file is None or "comparison" not in file:  # the runtime refused the file
                 cells += ["–", "–"]
                 continue
             low, high = file["comparison"]["low"], file["comparison"]["high"]
