@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from featherweight.deploy import (
     agreement,
     agreement_by_node,
+    available_runtimes,
     calibration_inputs,
     check_parity,
     export_onnx,
@@ -271,6 +272,51 @@ def test_a_recurrent_network_keeps_int8_in_the_file_and_says_what_computes_in_fl
     assert "Weights are integers in the file, and floats to every runtime: LSTM" in " ".join(made.notes)
     assert made.bytes < 1.3 * sum(p.numel() for p in model.parameters())
     assert check_parity(model, made.path, [(x,)]).within_one_step == 1.0
+
+
+@pytest.mark.parametrize("activations", [None, "static", "dynamic"])
+@pytest.mark.parametrize(
+    "layer",
+    [
+        nn.LSTM(24, 32, batch_first=True),
+        nn.GRU(24, 32, batch_first=True),
+        nn.LSTM(24, 16, num_layers=2, batch_first=True, bidirectional=True),
+    ],
+    ids=["LSTM", "GRU", "bi-LSTM"],
+)
+def test_recurrent_layers_run_in_every_runtime_whatever_grids_their_inputs_have(layer, activations, tmp_path) -> None:
+    """Beside a static grid OpenVINO folds no dequantized int8, and takes no recurrent weights but constants."""
+    x = torch.randn(2, 5, 24)
+    model = quantized(Recurrent(layer), (x,), activations=activations)
+    made = export_onnx(model, (x,), tmp_path / "model.onnx", calibration=[x])
+    stored = [array for array in constants(made.path).values() if array.dtype == np.int8 and array.ndim > 1]
+    assert sum(array.size for array in stored) >= sum(p.numel() for n, p in model.named_parameters() if "weight_" in n)
+    assert check_parity(model, made.path, [(x,)]).passed
+    for runtime in available_runtimes():
+        answer = session(made.path, runtime, exact=True)(x)
+        # A dynamic grid is each runtime's own: what it rounds differs by its last bit, and so may a step.
+        within = 2e-2 if activations == "dynamic" else 1e-5
+        torch.testing.assert_close(answer, model(x).detach(), rtol=1e-4, atol=within)
+    without_integers(made.path, tmp_path / "float.onnx")
+    assert not is_quantized(tmp_path / "float.onnx")
+    assert not any(array.dtype == np.int8 for array in constants(tmp_path / "float.onnx").values())
+
+
+def test_recurrent_weights_with_zero_points_are_exact_in_every_runtime(tmp_path) -> None:
+    x = torch.randn(2, 5, 24)
+    model = quantized(Recurrent(nn.LSTM(24, 32, batch_first=True)), (x,))
+    with torch.no_grad():
+        for name in ("weight_ih_l0", "weight_hh_l0"):
+            weight = getattr(model.layer, name)
+            q = torch.randint(0, 256, weight.shape)
+            q[:, :2] = torch.tensor([0, 255])
+            scale = 1e-3 * (1 + torch.rand(len(q), 1))
+            weight.copy_((q - torch.randint(10, 60, (len(q), 1))) * scale)
+    made = export_onnx(model, (x,), tmp_path / "model.onnx")
+    zeros = [array for name, array in constants(made.path).items() if "_zero_point" in name and array.ndim == 2]
+    assert made.integers.int8 == 3 and len(zeros) == 2
+    for runtime in available_runtimes():
+        torch.testing.assert_close(session(made.path, runtime)(x), model(x).detach(), rtol=1e-4, atol=1e-5)
 
 
 class Twice(nn.Module):

@@ -25,7 +25,8 @@ __all__ = [
     "remove_unused",
 ]
 
-_LAYOUT = ("Transpose", "Slice", "Concat", "Unsqueeze", "Squeeze", "Reshape", "Identity")
+# Nodes that an exporter, or this room, leaves between a constant and its reader.
+_FOLDED = ("Transpose", "Slice", "Concat", "Unsqueeze", "Squeeze", "Reshape", "Identity", "Cast", "Sub")
 
 
 def ir() -> Any:
@@ -63,10 +64,10 @@ def attribute(node: Any, name: str, default: Any = None) -> Any:
 
 
 def constant(value: Any) -> NDArray[Any] | None:
-    """The array of an initializer or a Constant node, also where only its layout is changed; None for what is computed.
+    """The array of an initializer or a Constant node, also behind nodes that only change its layout or type; else None.
 
     torch's exporter folds such changes for small tensors alone: a vocabulary's transpose and the gates of an LSTM, sliced
-    and put in another order, are nodes.
+    and put in another order, are nodes. Integers of recurrent layers are widened in the file (`integer_weights`).
     """
     if value is None:
         return None
@@ -77,7 +78,7 @@ def constant(value: Any) -> NDArray[Any] | None:
     if is_standard(node, "Constant") and "value" in node.attributes:
         held: NDArray[Any] = node.attributes["value"].value.numpy()
         return held
-    if is_standard(node, *_LAYOUT) and len(node.outputs) == 1:
+    if is_standard(node, *_FOLDED) and len(node.outputs) == 1:
         inputs = [None if one is None else constant(one) for one in node.inputs]
         if all(array is not None or one is None for array, one in zip(inputs, node.inputs, strict=True)):
             return evaluate(node, inputs)[0]

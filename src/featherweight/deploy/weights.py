@@ -256,7 +256,9 @@ def _reshaped(node: Any, integers: _Integers, shape: tuple[int, ...], name: str,
     """As rows x columns in the file, dequantized and brought into the op's layout in front of it."""
     graph = node.graph
     inputs = [new_constant(graph, f"{name}_q", integers.q), new_constant(graph, f"{name}_scale", integers.scale[:, 0])]
-    if integers.zero_point.any():
+    if node.op_type in _RECURRENT:
+        inputs[0] = _in_int32(node, inputs[0], integers, name)
+    elif integers.zero_point.any():
         inputs.append(new_constant(graph, f"{name}_zero_point", integers.zero_point[:, 0]))
     value = add_node(node, "DequantizeLinear", inputs, f"{name}_dq", {"axis": 0})
     if node.op_type == "ConvTranspose":
@@ -265,6 +267,19 @@ def _reshaped(node: Any, integers: _Integers, shape: tuple[int, ...], name: str,
         value = add_node(node, "Transpose", [value], f"{name}_turned", {"perm": [0, 2, 1, 3]})
     target = new_constant(graph, f"{name}_shape", np.array(shape, np.int64))
     return add_node(node, "Reshape", [value, target], f"{name}_reshaped")
+
+
+def _in_int32(node: Any, value: Any, integers: _Integers, name: str) -> Any:
+    """int8 less its zero points, widened, for OpenVINO: where activations have grids it keeps what is dequantized from int8
+    as nodes, and refuses a recurrent layer whose weights are no constants. What is dequantized from int32 it folds."""
+    to = {"to": ir().DataType.INT32}
+    value = add_node(node, "Cast", [value], f"{name}_wide", to)
+    if integers.zero_point.any():
+        zeros = new_constant(node.graph, f"{name}_zero_point", integers.zero_point)
+        value = add_node(
+            node, "Sub", [value, add_node(node, "Cast", [zeros], f"{name}_zero_wide", to)], f"{name}_offset"
+        )
+    return value
 
 
 def _gather(node: Any, integers: _Integers, name: str) -> None:
