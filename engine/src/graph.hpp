@@ -73,5 +73,8 @@ struct Graph {
 // of it); where `folder` is empty they are an Error. Throws Error for bytes that are no sound model, and Unsupported for
 // what a sound one may hold and the engine cannot (subgraphs are kept as Attribute::Kind::other, local functions refused).
 Graph read_onnx(const std::byte* data, std::size_t size, const std::string& folder);
+// The same of a file, whose folder is that of its external data. Its bytes pass through memory in pieces, so that loading
+// takes little more than the constants themselves.
+Graph read_onnx_file(const std::string& path);
 
 }  // namespace featherweight

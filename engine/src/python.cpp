@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 #include <nanobind/nanobind.h>
 #include <nanobind/ndarray.h>
+#include <nanobind/stl/filesystem.h>
 #include <nanobind/stl/pair.h>
 #include <nanobind/stl/string.h>
 #include <nanobind/stl/vector.h>
@@ -41,6 +42,7 @@ nb::dlpack::dtype dtype_of(Type type) {
     switch (type) {
         case Type::f32: return nb::dtype<float>();
         case Type::f64: return nb::dtype<double>();
+        case Type::f16: return {static_cast<std::uint8_t>(nb::dlpack::dtype_code::Float), 16, 1};
         case Type::i8: return nb::dtype<std::int8_t>();
         case Type::i16: return nb::dtype<std::int16_t>();
         case Type::i32: return nb::dtype<std::int32_t>();
@@ -104,7 +106,7 @@ NB_MODULE(_core, m) {
     m.def("instruction_sets", &instruction_sets, "Those that this build has and this processor runs, the best first.");
     m.def("op_names", &op_names, "The ONNX ops that the engine has a rule for.");
 
-    nb::class_<Engine>(m, "Engine", "A model that is ready to run: `Engine(model, threads=1)`, `model` being a ModelProto's bytes.")
+    nb::class_<Engine>(m, "Engine", "A model that is ready to run: `Engine(model, threads=1)`, `model` being a ModelProto's bytes, or a file's path.")
         .def("__init__",
              [](Engine* self, nb::bytes model, int threads, const std::string& instruction_set, const std::string& folder) {
                  nb::gil_scoped_release free;
@@ -112,6 +114,12 @@ NB_MODULE(_core, m) {
                  new (self) Engine(std::move(graph), Options{threads, instruction_set});
              },
              nb::arg("model"), nb::arg("threads") = 1, nb::arg("instruction_set") = "", nb::arg("folder") = "")
+        .def("__init__",
+             [](Engine* self, const std::filesystem::path& model, int threads, const std::string& instruction_set) {
+                 nb::gil_scoped_release free;
+                 new (self) Engine(read_onnx_file(model.string()), Options{threads, instruction_set});
+             },
+             nb::arg("model"), nb::arg("threads") = 1, nb::arg("instruction_set") = "")
         .def_prop_ro("inputs", [](const Engine& self) { return values_of(self.graph(), self.graph().inputs); })
         .def_prop_ro("outputs", [](const Engine& self) { return values_of(self.graph(), self.graph().outputs); })
         .def_prop_ro("instruction_set", [](const Engine& self) { return std::string(self.instruction_set()); })

@@ -32,6 +32,29 @@ constexpr std::array<Facts, 13> types{{
     {Type::boolean, 9, 1, "bool"},
 }};
 
+// What ONNX has besides, for messages.
+struct Other {
+    std::int64_t onnx;
+    const char* name;
+};
+constexpr std::array<Other, 15> others{{
+    {8, "string"},
+    {14, "complex64"},
+    {15, "complex128"},
+    {17, "float8e4m3fn"},
+    {18, "float8e4m3fnuz"},
+    {19, "float8e5m2"},
+    {20, "float8e5m2fnuz"},
+    {21, "uint4"},
+    {22, "int4"},
+    {23, "float4e2m1"},
+    {24, "float8e8m0"},
+    {25, "uint2"},
+    {26, "int2"},
+    {27, "float6e2m3"},
+    {28, "float6e3m2"},
+}};
+
 const Facts& of(Type type) { return types[static_cast<std::size_t>(type)]; }
 
 }  // namespace
@@ -43,19 +66,23 @@ std::int64_t to_onnx(Type type) { return of(type).onnx; }
 Type from_onnx(std::int64_t number) {
     for (const Facts& each : types)
         if (each.onnx == number) return each.type;
-    throw Unsupported("ONNX element type " + std::to_string(number) + " is not supported");
+    for (const Other& each : others)
+        if (each.onnx == number) throw Unsupported(std::string("the engine holds no elements of type ") + each.name);
+    throw Unsupported("the engine holds no elements of ONNX's type " + std::to_string(number));
 }
 
 std::int64_t count(const Dims& dims) {
     // No tensor in memory has more; and a product that stays below this cannot overflow once multiplied by 8 bytes.
     constexpr std::int64_t most = std::numeric_limits<std::int64_t>::max() / 64;
-    std::int64_t product = 1;
+    std::int64_t product = 1;  // of what is not zero, so that the strides of a tensor without elements do not overflow either
+    bool empty = false;
     for (std::int64_t size : dims) {
         if (size < 0) throw Error("a tensor of shape " + describe(dims) + " has a negative size");
-        if (size != 0 && product > most / size) throw Error("a tensor of shape " + describe(dims) + " is too large");
-        product *= size;
+        if (size == 0) empty = true;
+        if (size > 0 && product > most / size) throw Error("a tensor of shape " + describe(dims) + " is too large");
+        if (size > 0) product *= size;
     }
-    return product;
+    return empty ? 0 : product;
 }
 
 std::string describe(const Dims& dims) {
