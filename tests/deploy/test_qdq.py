@@ -426,3 +426,34 @@ def test_a_tasks_batches_are_given_to_the_model_as_the_task_does() -> None:
     assert len(found) == 2
     assert torch.equal(found[0][0], x) and torch.equal(found[0][1], 2 * x)
     assert calibration_inputs(task.model, Task(TwoInputs(), (x, x))) is None
+
+
+def test_calibration_by_keyword_reaches_arguments_behind_one_that_is_left_out(tmp_path) -> None:
+    class Gated(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.wide, self.narrow = nn.Linear(4, 4), nn.Linear(4, 4)
+
+        def forward(self, wide: Tensor, mask: Tensor | None = None, narrow: Tensor | None = None) -> Tensor:
+            return self.wide(wide) + self.narrow(narrow)
+
+    wide, narrow = 100 * torch.randn(8, 4), torch.randn(8, 4)
+    batches = [{"narrow": narrow, "wide": wide, "label": torch.ones(8)}]
+    task = Task(
+        Gated(), (wide, None, narrow), calibration=batches, forward=lambda m, b: m(wide=b["wide"], narrow=b["narrow"])
+    )
+    [found] = calibration_inputs(task.model, task)
+    assert torch.equal(found[0], wide) and found[1] is None and torch.equal(found[2], narrow)
+    # As they are, such batches go to the file's inputs by name, and not in the order of their keys.
+    nodes = [helper.make_node("Identity", ["wide"], ["w"]), helper.make_node("Identity", ["narrow"], ["n"])]
+    shaped = {
+        name: helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, [8, 4])
+        for name in ("wide", "narrow", "w", "n")
+    }
+    graph = helper.make_graph(nodes, "two", [shaped["wide"], shaped["narrow"]], [shaped["w"], shaped["n"]])
+    onnx.save(
+        helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=9), tmp_path / "two.onnx"
+    )
+    ranges = record_ranges(tmp_path / "two.onnx", ["w", "n"], batches, tmp_path)
+    assert ranges["w"] == pytest.approx((float(wide.min()), float(wide.max())))
+    assert ranges["n"] == pytest.approx((float(narrow.min()), float(narrow.max())))

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from featherweight.deploy import RUNTIMES, available_runtimes, export_onnx, session, torch_session
 from featherweight.errors import ArtefactError, DataError, OptionError
 from featherweight.measure import time_callables
+from featherweight.task import Task, default_forward
 from tests.deploy.zoo import models
 
 
@@ -132,6 +133,73 @@ def test_wrong_calls_say_what_is_wrong(several, tmp_path, capfd) -> None:
     with pytest.raises(DataError, match="bfloat16"):
         session(path)(inputs[0].bfloat16(), *inputs[1:3])
     assert capfd.readouterr() == ("", "")
+
+
+class Encoder(nn.Module):
+    """Called by keyword, as language models are, with arguments between that a task may leave out."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.words, self.kinds, self.head = nn.Embedding(30, 8), nn.Embedding(2, 8), nn.Linear(8, 3)
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        flag: bool = False,
+        token_type_ids: Tensor | None = None,
+    ) -> Tensor:
+        x = self.words(input_ids)
+        if token_type_ids is not None:
+            x = x + self.kinds(token_type_ids)
+        if attention_mask is not None:
+            x = x * attention_mask[..., None]
+        return self.head(x.sum(1))
+
+
+def batch_of_words(rows: int) -> dict[str, Tensor]:
+    ids = torch.randint(30, (rows, 5))
+    return {"token_type_ids": ids % 2, "attention_mask": (ids > 4).long(), "input_ids": ids}
+
+
+@pytest.mark.parametrize("runtime", ["torch", "onnxruntime", "openvino"])
+def test_a_task_whose_batches_are_dicts_is_scored_in_every_runtime(runtime: str, tmp_path) -> None:
+    torch.manual_seed(0)
+    model, batches = Encoder().eval(), [batch_of_words(rows) for rows in (4, 2, 7)]
+    labels = [model(**batch).argmax(1) for batch in batches]
+    labels[0] = (labels[0] + 1) % 3
+
+    def evaluate(scored) -> float:
+        right = [default_forward(scored, batch).argmax(1) == want for batch, want in zip(batches, labels, strict=True)]
+        return float(torch.cat(right).double().mean())
+
+    example = batch_of_words(3)
+    inputs = (example["input_ids"], example["attention_mask"], False, example["token_type_ids"])
+    task = Task(model, inputs, calibration=batches, evaluate=evaluate)
+    made = export_onnx(model, inputs, tmp_path / "model.onnx")
+    assert made.input_names == ("input_ids", "attention_mask", "token_type_ids")
+    opened = torch_session(model) if runtime == "torch" else session(made.path, runtime)
+    assert task.evaluate is not None and task.evaluate(opened) == task.evaluate(model) == pytest.approx(9 / 13)
+    torch.testing.assert_close(
+        opened(example["input_ids"], flag=False, **{k: v.numpy() if runtime != "torch" else v for k, v in example.items() if k != "input_ids"}),
+        model(**example).detach(),
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("runtime", ["onnxruntime", "openvino"])
+def test_names_that_a_file_has_not_or_lacks_are_told(runtime: str, several) -> None:
+    _, inputs, path = several
+    opened = session(path, runtime)
+    with pytest.raises(
+        DataError, match=r"takes 3 inputs \(x, y, keep\), and 'keeps' is none of them. Nearest: .'keep'"
+    ):
+        opened(inputs[0], y=inputs[1], keeps=inputs[2])
+    with pytest.raises(
+        DataError, match=r"takes 3 inputs \(x, y, keep\), and y, keep is missing: got tuple\(\) and dict\(x="
+    ):
+        opened(x=inputs[0])
+    with pytest.raises(DataError, match="'x' is given by place and by name"):
+        opened(*inputs[:2], x=inputs[0], keep=inputs[2])
 
 
 def test_no_runtime_opens_a_connection_or_loads_telemetry(several, tmp_path) -> None:

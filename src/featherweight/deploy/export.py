@@ -18,7 +18,6 @@ import inspect
 import io
 import logging
 import os
-import re
 import tempfile
 import warnings
 from collections.abc import Iterable, Iterator, Mapping
@@ -27,13 +26,13 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_flatten_with_path, tree_leaves, tree_map, tree_map_only
+from torch.utils._pytree import tree_leaves, tree_map, tree_map_only
 
 from featherweight.deploy.failures import explain, is_data_dependent, lacks_an_op, reason
 from featherweight.deploy.markers import Marks, mark
 from featherweight.deploy.parity import parity
 from featherweight.deploy.qdq import Integers, edges_without_ranges, in_integers, with_edges
-from featherweight.deploy.sessions import flatten_inputs, sort_keys
+from featherweight.deploy.sessions import flatten_inputs, named_tensors, sort_keys
 from featherweight.deploy.weights import on_grids
 from featherweight.errors import ArtefactError, ExportError, FeatherweightError, OptionError, ParityError, require
 from featherweight.layers import unwrap
@@ -58,7 +57,7 @@ class Export:
 
     `dynamic_batch` says whether axis 0 may have any size; `exporter` is "torch.export" or "torch.export, decomposed";
     `notes` are sentences on what was asked for and not possible. Inputs are the example's tensors in order, those of a
-    dict by key.
+    dict by key, under the names of the arguments that they are: a session takes them by these names too.
     """
 
     path: Path
@@ -206,14 +205,11 @@ class _TensorsOnly(nn.Module):
 def _names(values: dict[str, Any], taken: set[str]) -> tuple[str, ...]:
     """A name for each tensor: its argument, and its place in it where the argument is nested."""
     names = []
-    for path, leaf in tree_flatten_with_path(values)[0]:
-        if isinstance(leaf, Tensor):
-            keys = [str(getattr(key, "key", getattr(key, "idx", getattr(key, "name", "")))) for key in path]
-            name = re.sub(r"\W", "_", "_".join(keys))
-            while name in taken:
-                name += "_"
-            taken.add(name)
-            names.append(name)
+    for name, _ in named_tensors(values):
+        while name in taken:
+            name += "_"
+        taken.add(name)
+        names.append(name)
     return tuple(names)
 
 

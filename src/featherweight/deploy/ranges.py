@@ -38,7 +38,7 @@ def record_ranges(
     found = dict.fromkeys(names, (0.0, 0.0))
     batches = 0
     for batch in calibration:
-        arguments = call_inputs(batch, len(engine.input_names))
+        arguments = call_inputs(batch, engine.input_names)
         # Grids on inputs make integers of NaN, so that no value behind them would show it.
         if not all(np.isfinite(np.asarray(leaf)).all() for leaf in flatten_inputs(arguments)):
             raise NumericalError(
@@ -83,13 +83,20 @@ def _with_reductions(path: Path, names: Sequence[str], probe: Path) -> None:
     tools.save(model, str(probe))
 
 
-def call_inputs(batch: Any, count: int) -> tuple[Any, ...]:
-    """A batch as the arguments of a call that takes `count` tensors: a target that stands last is left out.
+def call_inputs(batch: Any, names: Sequence[str]) -> tuple[Any, ...]:
+    """A batch as the arguments of a call that takes tensors of these names: a target that stands last is left out.
+
+    Of a dict the names are taken, and what else is in it left out, where it has them all; else it is one argument itself.
 
     >>> import torch
-    >>> call_inputs((torch.zeros(1), torch.ones(1)), 1)
+    >>> call_inputs((torch.zeros(1), torch.ones(1)), ["x"])
     (tensor([0.]),)
+    >>> call_inputs({"label": 0, "a": torch.zeros(1), "b": torch.ones(1)}, ["b", "a"])
+    (tensor([1.]), tensor([0.]))
     """
+    count = len(names)
+    if isinstance(batch, Mapping) and all(name in batch for name in names):
+        return tuple(batch[name] for name in names)
     if isinstance(batch, Tensor | np.ndarray | Mapping):
         batch = (batch,)
     if isinstance(batch, tuple | list):
@@ -121,7 +128,9 @@ def _caught(twin: nn.Module, task: Task, data: Iterable[Any], samples: int) -> I
     signature = inspect.signature(twin.forward)
 
     def catch(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        raise _Caught(signature.bind(*args, **kwargs).args)
+        bound = signature.bind(*args, **kwargs)
+        bound.apply_defaults()  # what stands behind an argument that is left out would be left out too
+        raise _Caught(bound.args)
 
     twin.register_forward_pre_hook(catch, prepend=True, with_kwargs=True)
     seen = 0

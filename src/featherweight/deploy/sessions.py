@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Runtimes as callables: torch, ONNX Runtime and OpenVINO all called as the model is, with torch tensors out.
+"""Runtimes as callables: torch, ONNX Runtime and OpenVINO all called as the model is, by place or by name, tensors out.
 
 One precision (float32 stays float32: OpenVINO would take bfloat16 where the CPU has it), fixed threads, and no thread
 that spins on when a call has ended, so that sessions can be timed against each other. No telemetry: OpenVINO's import
@@ -19,23 +19,34 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
+from torch.utils._pytree import tree_flatten, tree_flatten_with_path, tree_leaves, tree_unflatten
 
 from featherweight.errors import ArtefactError, DataError, OptionError, nearest, require
 from featherweight.measure import eval_copy
 from featherweight.task import describe
 
-__all__ = ["RUNTIMES", "Session", "available_runtimes", "flatten_inputs", "openvino_core", "session", "torch_session"]
+__all__ = [
+    "RUNTIMES",
+    "Session",
+    "available_runtimes",
+    "flatten_inputs",
+    "named_tensors",
+    "openvino_core",
+    "session",
+    "torch_session",
+]
 
-# Takes a forward call's arguments, gives the output's tensors in their order.
-Run = Callable[[tuple[Any, ...]], Sequence[Tensor]]
+# Takes a forward call's positional arguments, gives the output's tensors in their order. Arguments by name come only to
+# a session that names no inputs of its own.
+Run = Callable[..., Sequence[Tensor]]
 
 
 class Session(nn.Module):
-    """A model in some runtime, called as the model is: `session(x)`, `session(x, mask)`, `session({"ids": ids})`.
+    """A model in some runtime, called as the model is: `session(x)`, `session(x, mask)`, `session(ids=ids, mask=mask)`.
 
     Inputs may be torch tensors or numpy arrays, nested as the model takes them; what is not one of these (a flag, None)
-    was fixed when the model was exported and is skipped. The answer is the model's tensors in their order: one, or a
+    was fixed when the model was exported and is skipped. A file's inputs have the names of the model's arguments, and
+    what is given by name goes there; a name that the file has not, or lacks, is a `DataError`. The answer is the model's tensors in their order: one, or a
     tuple. With `like` (an output of the model) it has that structure, dicts and all.
 
     A module without parameters, so that `evaluate(session)` may call `.eval()` or `.to()` to no effect.
@@ -59,13 +70,36 @@ class Session(nn.Module):
         self._run = run
         self._like = None if like is None else tree_flatten(like)
 
-    def forward(self, *inputs: Any) -> Any:
-        outputs = self._run(inputs)
+    def forward(self, *inputs: Any, **named: Any) -> Any:
+        if named and self.input_names:
+            inputs, named = self._in_order(inputs, named), {}
+        outputs = self._run(inputs, **named)
         if self._like is None:
             return outputs[0] if len(outputs) == 1 else tuple(outputs)
         leaves, structure = self._like
         remaining = iter(outputs)
         return tree_unflatten([next(remaining) if isinstance(leaf, Tensor) else leaf for leaf in leaves], structure)
+
+    def _in_order(self, inputs: tuple[Any, ...], named: Mapping[str, Any]) -> tuple[Any, ...]:
+        """The file's inputs in its order: what is given by place, then the rest by name."""
+        first = flatten_inputs(inputs)
+        by_name = dict(named_tensors(named))
+        rest = self.input_names[len(first) :]
+        takes = f"the file takes {len(self.input_names)} inputs ({', '.join(self.input_names)})"
+        unknown = [name for name in by_name if name not in rest]
+        if unknown:
+            twice = unknown[0] in self.input_names
+            raise DataError(
+                f"{takes}, and {unknown[0]!r} is given by place and by name."
+                if twice
+                else f"{takes}, and {unknown[0]!r} is none of them. Nearest: {nearest(unknown[0], self.input_names)}."
+            )
+        missing = [name for name in rest if name not in by_name]
+        if missing:
+            raise DataError(
+                f"{takes}, and {', '.join(missing)} is missing: got {describe(inputs)} and {describe(named)}."
+            )
+        return (*first, *(by_name[name] for name in rest))
 
 
 def flatten_inputs(inputs: tuple[Any, ...]) -> list[Any]:
@@ -79,6 +113,20 @@ def flatten_inputs(inputs: tuple[Any, ...]) -> list[Any]:
     if all(type(value) is Tensor for value in inputs):  # the usual call, on the clock
         return list(inputs)
     return [leaf for leaf in tree_leaves(sort_keys(inputs)) if isinstance(leaf, Tensor | np.ndarray)]
+
+
+def named_tensors(values: Mapping[str, Any]) -> list[tuple[str, Any]]:
+    """The tensors and arrays in arguments by name, each with the name of its argument, and its place where that is nested.
+
+    >>> [name for name, _ in named_tensors({"x": torch.tensor(1), "pair": [torch.tensor(2), {"mask": torch.tensor(3)}]})]
+    ['x', 'pair_0', 'pair_1_mask']
+    """
+    found = []
+    for path, leaf in tree_flatten_with_path(dict(values))[0]:
+        if isinstance(leaf, Tensor | np.ndarray):
+            keys = [str(getattr(key, "key", getattr(key, "idx", getattr(key, "name", "")))) for key in path]
+            found.append((re.sub(r"\W", "_", "_".join(keys)), leaf))
+    return found
 
 
 def sort_keys(value: Any) -> Any:
@@ -132,13 +180,13 @@ def torch_session(model: nn.Module, threads: int | None = None, like: Any = None
     inner = model if compiled else eval_copy(model)
     on_cuda = any(p.is_cuda for p in model.parameters())
 
-    def run(inputs: tuple[Any, ...]) -> list[Tensor]:
+    def run(inputs: tuple[Any, ...], /, **named: Any) -> list[Tensor]:
         before = torch.get_num_threads()
         try:
             if threads is not None and threads != before:
                 torch.set_num_threads(threads)
             with torch.inference_mode():
-                output = inner(*inputs)
+                output = inner(*inputs, **named)
             if on_cuda:
                 torch.cuda.synchronize()
         finally:
