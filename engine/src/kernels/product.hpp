@@ -40,15 +40,36 @@ struct SparseBlock {
 
 constexpr int most_width = 8;  // registers in a tile
 
+// Part of a line of an image as it lies in the input: `left` zeros, `size` elements `stride` apart, `right` zeros.
+struct Stretch {
+    std::ptrdiff_t from;  // from the channel's first element
+    std::ptrdiff_t stride;
+    int left, size, right;
+};
+
+// Positions of a tile that lie side by side in its source.
+struct Line {
+    std::ptrdiff_t from;
+    int at;  // in the tile
+    int size;
+};
+
 struct ProductKernels {
     // Rows [begin, end) times a panel of `width` registers; row k of the panel is at panel + k * step. `sums` (width * lanes
     // floats a row, from `begin` on) carries partial sums from block to block; the first starts at the bias, the last finishes.
     void (*sparse)(int width, const SparseBlock& block, int begin, int end, const float* panel, std::ptrdiff_t step, float* sums,
                    bool first, bool last, const Finisher& finisher);
-    // The same with dense weights, packed by groups of dense_rows(width) rows: [group][k][row in group].
-    void (*dense)(int width, const float* packed, int depth, std::ptrdiff_t group_step, int begin, int end, const float* panel,
+    // The same with dense weights, packed by groups of dense_rows(most) rows, [group][k][row in group], for tiles of at most
+    // `most` registers, 4 being the most that there is.
+    void (*dense)(int most, int width, const float* packed, int depth, std::ptrdiff_t group_step, int begin, int end, const float* panel,
                   std::ptrdiff_t step, float* sums, bool first, bool last, const Finisher& finisher);
-    int (*dense_rows)(int width);
+    int (*dense_rows)(int most);
+    // Writes stretches one behind the other. May write, and read, up to a register past their end.
+    void (*pack)(const Stretch* stretches, int count, const float* channel, float* to);
+    // Writes rows of a panel: row k[i] has the lines of source + shifts[index[i]]. May read a register past a line's end; rows
+    // come in rising order, so that what one writes past its end the next puts right.
+    void (*spread)(const float* source, const std::ptrdiff_t* shifts, const std::uint16_t* index, const std::uint16_t* k, int count,
+                   const Line* lines, int line_count, float* panel, std::ptrdiff_t step);
     // One position: out[m] = finish(sum of values * x), x gathered by column.
     void (*vector)(const std::int32_t* start, const std::int32_t* columns, const float* values, int begin, int end, const float* x,
                    const Finisher& finisher);

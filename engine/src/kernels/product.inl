@@ -106,12 +106,11 @@ constexpr int rows_of(int width) {
     return rows > 12 ? 12 : rows < 1 ? 1 : rows;
 }
 
-static int dense_rows(int width) { return rows_of(width); }
+static int dense_rows(int most) { return rows_of(most); }
 
-template <int width>
+template <int rows, int width>
 static void dense_tile(const float* packed, int depth, std::ptrdiff_t group_step, int begin, int end, const float* panel,
                        std::ptrdiff_t step, float* sums, bool first, bool last, const Finisher& finisher) {
-    constexpr int rows = rows_of(width);
     for (int group = begin / rows; group * rows < end; ++group) {
         const float* weights = packed + group * group_step;
         const int there = end - group * rows < rows ? end - group * rows : rows;
@@ -150,13 +149,68 @@ static void dense_tile(const float* packed, int depth, std::ptrdiff_t group_step
     }
 }
 
-static void dense(int width, const float* packed, int depth, std::ptrdiff_t group_step, int begin, int end, const float* panel,
+// A matrix is packed for tiles of `most` registers; the last tiles may be narrower.
+template <int most>
+static void dense_of(int width, const float* packed, int depth, std::ptrdiff_t group_step, int begin, int end, const float* panel,
+                     std::ptrdiff_t step, float* sums, bool first, bool last, const Finisher& finisher) {
+    constexpr int rows = rows_of(most);
+    if (width == most)
+        return dense_tile<rows, most>(packed, depth, group_step, begin, end, panel, step, sums, first, last, finisher);
+    if constexpr (most > 1)
+        switch (width) {
+            case 1: return dense_tile<rows, 1>(packed, depth, group_step, begin, end, panel, step, sums, first, last, finisher);
+            case 2: return dense_tile<rows, 2>(packed, depth, group_step, begin, end, panel, step, sums, first, last, finisher);
+            default: return dense_tile<rows, 3>(packed, depth, group_step, begin, end, panel, step, sums, first, last, finisher);
+        }
+}
+
+static void dense(int most, int width, const float* packed, int depth, std::ptrdiff_t group_step, int begin, int end, const float* panel,
                   std::ptrdiff_t step, float* sums, bool first, bool last, const Finisher& finisher) {
-    switch (width) {
-        case 1: return dense_tile<1>(packed, depth, group_step, begin, end, panel, step, sums, first, last, finisher);
-        case 2: return dense_tile<2>(packed, depth, group_step, begin, end, panel, step, sums, first, last, finisher);
-        case 3: return dense_tile<3>(packed, depth, group_step, begin, end, panel, step, sums, first, last, finisher);
-        default: return dense_tile<4>(packed, depth, group_step, begin, end, panel, step, sums, first, last, finisher);
+    const auto tile = most == 1 ? dense_of<1> : most == 2 ? dense_of<2> : most == 3 ? dense_of<3> : dense_of<4>;
+    tile(width, packed, depth, group_step, begin, end, panel, step, sums, first, last, finisher);
+}
+
+#if KERNELS_LANES == 16
+#define KERNELS_EVEN 0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30
+#elif KERNELS_LANES == 8
+#define KERNELS_EVEN 0, 2, 4, 6, 8, 10, 12, 14
+#else
+#define KERNELS_EVEN 0, 2, 4, 6
+#endif
+
+// Whole registers are written from left to right, so that what one writes too much the next puts right.
+static void pack(const Stretch* stretches, int count, const float* channel, float* to) {
+    for (int s = 0; s < count; ++s) {
+        const Stretch& piece = stretches[s];
+        const float* from = channel + piece.from;
+        for (int i = 0; i < piece.left; i += lanes) store(to + i, Vec{});
+        to += piece.left;
+        if (piece.stride == 1) {
+            for (int i = 0; i < piece.size; i += lanes) store(to + i, load(from + i));
+        } else if (piece.stride == 2) {
+            int i = 0;
+            for (; i + lanes <= piece.size - 1; i += lanes)  // the second load ends within the stretch
+                store(to + i, __builtin_shufflevector(load(from + 2 * i), load(from + 2 * i + lanes), KERNELS_EVEN));
+            for (; i < piece.size; ++i) to[i] = from[2 * i];
+        } else {
+            for (int i = 0; i < piece.size; ++i) to[i] = from[i * piece.stride];
+        }
+        to += piece.size;
+        for (int i = 0; i < piece.right; i += lanes) store(to + i, Vec{});
+        to += piece.right;
+    }
+}
+
+static void spread(const float* source, const std::ptrdiff_t* shifts, const std::uint16_t* index, const std::uint16_t* k, int count,
+                   const Line* lines, int line_count, float* panel, std::ptrdiff_t step) {
+    for (int i = 0; i < count; ++i) {
+        const float* from = source + shifts[index[i]];
+        float* to = panel + k[i] * step;
+        for (int l = 0; l < line_count; ++l) {
+            const float* here = from + lines[l].from;
+            float* there = to + lines[l].at;
+            for (int x = 0; x < lines[l].size; x += lanes) store(there + x, load(here + x));
+        }
     }
 }
 
@@ -215,4 +269,4 @@ static void depthwise(const float* in, const std::int32_t* offsets, const float*
     }
 }
 
-static constexpr ProductKernels product_kernels{sparse, dense, dense_rows, vector, depthwise};
+static constexpr ProductKernels product_kernels{sparse, dense, dense_rows, pack, spread, vector, depthwise};
