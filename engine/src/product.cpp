@@ -78,20 +78,9 @@ DenseMatrix dense_matrix(const float* weights, int rows, int depth, int taps, in
     return made;
 }
 
-namespace {
-
-// How one tile's part of the input is brought together. Taps of a channel overlap: its lines are first copied into a window,
-// padded, columns sorted by their remainder to the stride, so that every tap is a contiguous stretch of every line.
-struct Window {
-    std::vector<Stretch> stretches;      // empty where lines are taken from the input as they lie
-    std::vector<Line> lines;
-    std::vector<std::ptrdiff_t> shifts;  // by tap
-    std::size_t size = 0;                // floats
-};
-
-Window window_of(const Geometry& g, const Tiling::Tile& tile) {
+Window window_of(const Geometry& g, const Tiling::Tile& tile, bool always) {
     Window made;
-    if (g.is_pointwise()) {
+    if (!always && g.is_pointwise()) {
         int at = 0;
         for (const Tiling::Piece& piece : tile.pieces) {
             made.lines.push_back({g.in[piece.image] + static_cast<std::ptrdiff_t>(piece.first), at, piece.size});
@@ -163,8 +152,6 @@ Window window_of(const Geometry& g, const Tiling::Tile& tile) {
     made.size = static_cast<std::size_t>(rows * row * dz.taps);
     return made;
 }
-
-}  // namespace
 
 Tiling tiling(const Geometry& geometry, const Matrix& matrix, const Choice& choice, int lanes, int threads) {
     Tiling made;
@@ -238,7 +225,7 @@ Tiling tiling(const Geometry& geometry, const Matrix& matrix, const Choice& choi
 }
 
 void multiply(const Geometry& geometry, const Matrix& matrix, const Choice& choice, const Tiling& tiling, int task, const float* in,
-              const Finisher& finisher, float* scratch, const Kernels& kernels) {
+              const Finisher& finisher, float* scratch, const Kernels& kernels, const float* values) {
     const int parts = static_cast<int>(tiling.cuts.size()) - 1;
     const Tiling::Tile& tile = tiling.tiles[task / parts];
     const int begin = tiling.cuts[task % parts], end = tiling.cuts[task % parts + 1];
@@ -288,7 +275,8 @@ void multiply(const Geometry& geometry, const Matrix& matrix, const Choice& choi
                                    first == 0, last, to);
         } else {
             const int group = matrix.dense->group;
-            kernels.product.dense(choice.width, tile.width, matrix.dense->values.data() + static_cast<std::ptrdiff_t>(first) * group, size,
+            if (values == nullptr) values = matrix.dense->values.data();
+            kernels.product.dense(choice.width, tile.width, values + static_cast<std::ptrdiff_t>(first) * group, size,
                                   static_cast<std::ptrdiff_t>(depth) * group, begin, end, rows, step, sums, first == 0, last, to);
         }
     }

@@ -104,11 +104,24 @@ struct Tiling {
     int tasks() const { return static_cast<int>(tiles.size() * (cuts.size() - 1)); }
 };
 
+// How one tile's part of the input is brought together. Taps of a channel overlap: its lines are first copied into a window,
+// padded, columns sorted by their remainder to the stride, so that every tap is a contiguous stretch of every line.
+struct Window {
+    std::vector<Stretch> stretches;      // empty where lines are taken from the input as they lie
+    std::vector<Line> lines;
+    std::vector<std::ptrdiff_t> shifts;  // by tap
+    std::size_t size = 0;                // floats
+};
+
+// `always`: a window is made even where lines could be taken as they lie.
+Window window_of(const Geometry& geometry, const Tiling::Tile& tile, bool always = false);
+
 Tiling tiling(const Geometry& geometry, const Matrix& matrix, const Choice& choice, int lanes, int threads);
 
 // Carries out task `task` of a product. `finisher` has everything but segments; its `out` and `residual` are of image offset 0.
+// `values`: a dense matrix's, where they are not in it but packed for this call.
 void multiply(const Geometry& geometry, const Matrix& matrix, const Choice& choice, const Tiling& tiling, int task, const float* in,
-              const Finisher& finisher, float* scratch, const Kernels& kernels);
+              const Finisher& finisher, float* scratch, const Kernels& kernels, const float* values = nullptr);
 
 // The whole product on a pool's threads. `scratch`: tiling.scratch floats a thread.
 void multiply_all(const Geometry& geometry, const Matrix& matrix, const Choice& choice, const Tiling& tiling, const float* in,

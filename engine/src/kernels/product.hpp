@@ -64,6 +64,8 @@ struct ProductKernels {
     void (*dense)(int most, int width, const float* packed, int depth, std::ptrdiff_t group_step, int begin, int end, const float* panel,
                   std::ptrdiff_t step, float* sums, bool first, bool last, const Finisher& finisher);
     int (*dense_rows)(int most);
+    // A matrix with strides to groups of rows, as `dense` has them: rows beyond the last are zeros.
+    void (*pack_rows)(const float* matrix, std::ptrdiff_t row, std::ptrdiff_t k, int rows, int depth, int group, float* to);
     // Writes stretches one behind the other. May write, and read, up to a register past their end.
     void (*pack)(const Stretch* stretches, int count, const float* channel, float* to);
     // Writes rows of a panel: row k[i] has the lines of source + shifts[index[i]]. May read a register past a line's end; rows

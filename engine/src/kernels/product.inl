@@ -170,6 +170,15 @@ static void dense(int most, int width, const float* packed, int depth, std::ptrd
     tile(width, packed, depth, group_step, begin, end, panel, step, sums, first, last, finisher);
 }
 
+static void pack_rows(const float* matrix, std::ptrdiff_t row, std::ptrdiff_t k, int rows, int depth, int group, float* to) {
+    for (int first = 0; first < rows; first += group, to += static_cast<std::ptrdiff_t>(depth) * group) {
+        const int there = rows - first < group ? rows - first : group;
+        const float* from = matrix + first * row;
+        for (int i = 0; i < depth; ++i)
+            for (int r = 0; r < group; ++r) to[i * group + r] = r < there ? from[r * row + i * k] : 0.0f;
+    }
+}
+
 #if KERNELS_LANES == 16
 #define KERNELS_EVEN 0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30
 #elif KERNELS_LANES == 8
@@ -269,4 +278,4 @@ static void depthwise(const float* in, const std::int32_t* offsets, const float*
     }
 }
 
-static constexpr ProductKernels product_kernels{sparse, dense, dense_rows, pack, spread, vector, depthwise};
+static constexpr ProductKernels product_kernels{sparse, dense, dense_rows, pack_rows, pack, spread, vector, depthwise};
