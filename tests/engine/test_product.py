@@ -1,0 +1,163 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Convolutions and matrix products against ONNX Runtime: every geometry, dense and sparse, in every instruction set."""
+
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, assume, given, settings
+from hypothesis import strategies as st
+from numpy.typing import NDArray
+
+import featherweight_engine as core
+from tests.engine.nodes import check, engine, model, node, onnxruntime
+
+Array = NDArray[np.float32]
+
+
+def weights(random: np.random.Generator, shape: tuple[int, ...], zeros: float) -> Array:
+    made = random.standard_normal(shape).astype(np.float32)
+    made[random.random(shape) < zeros] = 0
+    return made
+
+
+def inputs(random: np.random.Generator, shape: tuple[int, ...]) -> dict[str, NDArray[Any]]:
+    return {"x": random.standard_normal(shape).astype(np.float32)}
+
+
+@st.composite
+def convolutions(draw: st.DrawFn) -> tuple[Any, ...]:
+    rank = draw(st.sampled_from([1, 2, 2, 2, 3]))
+    group = draw(st.sampled_from([1, 1, 1, 2, 3]))
+    channels = group * draw(st.integers(1, 5))
+    rows = group * draw(st.integers(1, 7))
+    kernel = draw(st.lists(st.integers(1, 5), min_size=rank, max_size=rank))
+    strides = draw(st.lists(st.integers(1, 3), min_size=rank, max_size=rank))
+    dilations = draw(st.lists(st.integers(1, 2), min_size=rank, max_size=rank))
+    pads = draw(st.lists(st.integers(0, 3), min_size=2 * rank, max_size=2 * rank))
+    size = draw(st.lists(st.integers(1, 23 if rank < 3 else 7), min_size=rank, max_size=rank))
+    images = draw(st.integers(1, 5))
+    zeros = draw(st.sampled_from([0.0, 0.5, 0.9, 1.0]))
+    bias = draw(st.booleans())
+    return images, group, channels, rows, kernel, strides, dilations, pads, size, zeros, bias
+
+
+@settings(max_examples=120, suppress_health_check=[HealthCheck.too_slow])
+@given(convolutions(), st.integers(0, 9))
+def test_convolutions_of_any_geometry(case: tuple[Any, ...], seed: int) -> None:
+    images, group, channels, rows, kernel, strides, dilations, pads, size, zeros, bias = case
+    rank = len(size)
+    for i in range(rank):
+        assume(size[i] + pads[i] + pads[rank + i] >= (kernel[i] - 1) * dilations[i] + 1)
+    random = np.random.default_rng(seed)
+    constants = {"w": weights(random, (rows, channels // group, *kernel), zeros)}
+    if bias:
+        constants["b"] = weights(random, (rows,), 0.0)
+    conv = node("Conv", ["x", *constants], group=group, strides=strides, dilations=dilations, pads=pads)
+    x = inputs(random, (images, channels, *size))
+    check(model([conv], x, ["y"], constants), x, 2e-5)
+
+
+@pytest.mark.parametrize("auto_pad", ["SAME_UPPER", "SAME_LOWER", "VALID"])
+@pytest.mark.parametrize("size", [9, 10])
+def test_pads_by_name(auto_pad: str, size: int) -> None:
+    random = np.random.default_rng(0)
+    x = inputs(random, (2, 3, size, size + 1))
+    conv = node("Conv", ["x", "w"], auto_pad=auto_pad, strides=[2, 3])
+    check(model([conv], x, ["y"], {"w": weights(random, (4, 3, 3, 4), 0.5)}), x)
+
+
+@pytest.mark.parametrize("zeros", [0.0, 0.5, 0.95])
+@pytest.mark.parametrize(
+    ("shape", "rows", "kernel", "stride", "group"),
+    [
+        ((1, 64, 56, 56), 64, 1, 1, 1),  # whole registers, read in place
+        ((2, 300, 14, 14), 70, 1, 1, 1),  # several blocks of k; lines that end within a register
+        ((3, 40, 7, 7), 90, 3, 1, 1),  # tiles that span images
+        ((1, 3, 64, 64), 64, 7, 2, 1),
+        ((1, 32, 28, 28), 32, 3, 1, 32),  # depthwise
+        ((2, 24, 57, 31), 48, 5, 2, 24),  # depthwise, two rows a channel
+        ((1, 64, 15, 15), 32, 3, 1, 4),
+    ],
+)
+def test_sizes_that_networks_have(
+    shape: tuple[int, ...], rows: int, kernel: int, stride: int, group: int, zeros: float
+) -> None:
+    random = np.random.default_rng(1)
+    x = inputs(random, shape)
+    constants = {"w": weights(random, (rows, shape[1] // group, kernel, kernel), zeros), "b": weights(random, (rows,), 0)}
+    conv = node("Conv", ["x", "w", "b"], group=group, strides=[stride] * 2, pads=[kernel // 2] * 4)
+    check(model([conv], x, ["y"], constants), x, 3e-5)
+
+
+@settings(max_examples=80, suppress_health_check=[HealthCheck.too_slow])
+@given(
+    st.lists(st.integers(1, 4), max_size=2),
+    st.integers(1, 40),
+    st.integers(1, 40),
+    st.integers(1, 40),
+    st.sampled_from(["right", "left", "both"]),
+    st.sampled_from([0.0, 0.8]),
+    st.permutations(range(2)),
+    st.integers(0, 9),
+)
+def test_products_of_any_shape(
+    batch: list[int], rows: int, depth: int, columns: int, changing: str, zeros: float, order: list[int], seed: int
+) -> None:
+    """Constant on either side or on neither; the operand that changes lies in memory as it was given, or turned."""
+    random = np.random.default_rng(seed)
+    a, b = weights(random, (*batch, rows, depth), 0.0), weights(random, (*batch, depth, columns), 0.0)
+    constants: dict[str, Array] = {}
+    x: dict[str, Array] = {"a": a, "b": b}
+    if changing == "left":
+        constants["b"] = weights(random, (depth, columns), zeros)
+        del x["b"]
+    elif changing == "right":
+        constants["a"] = weights(random, (rows, depth), zeros)
+        del x["a"]
+    nodes, names = [], {"a": "a", "b": "b"}
+    for name, value in list(x.items()):
+        if order[0] == 1:  # stored with its last axes turned, and turned back by a view
+            last = value.ndim
+            turn = [*range(last - 2), last - 1, last - 2]
+            x[name] = np.ascontiguousarray(value.transpose(turn))
+            nodes.append(node("Transpose", [name], outputs=[name + "_turned"], perm=turn))
+            names[name] = name + "_turned"
+    if nodes and "Transpose" not in core.op_names():
+        return
+    nodes.append(node("MatMul", [names["a"], names["b"]]))
+    check(model(nodes, x, ["y"], constants), x, 2e-5)
+
+
+@pytest.mark.parametrize("shape", [(128, 384), (2, 128, 384), (1, 384), (3, 1, 384), (4, 3, 5, 384), (7, 384), (33, 2, 384)])
+@pytest.mark.parametrize("zeros", [0.0, 0.9])
+def test_products_over_tokens(shape: tuple[int, ...], zeros: float) -> None:
+    random = np.random.default_rng(2)
+    x = inputs(random, shape)
+    check(model([node("MatMul", ["x", "w"])], x, ["y"], {"w": weights(random, (384, 100), zeros)}), x, 3e-5)
+
+
+@pytest.mark.parametrize("trans_a", [0, 1])
+@pytest.mark.parametrize("trans_b", [0, 1])
+@pytest.mark.parametrize("c", [None, (), (1,), (30,), (1, 30), (5, 30), (5, 1)])
+def test_gemm(trans_a: int, trans_b: int, c: tuple[int, ...] | None) -> None:
+    random = np.random.default_rng(3)
+    x = inputs(random, (20, 5) if trans_a else (5, 20))
+    constants = {"w": weights(random, (30, 20) if trans_b else (20, 30), 0.5)}
+    if c is not None:
+        constants["c"] = np.asarray(random.standard_normal(c), np.float32)
+    gemm = node("Gemm", ["x", *constants], transA=trans_a, transB=trans_b, alpha=0.5)
+    check(model([gemm], x, ["y"], constants), x)
+
+
+def test_what_is_not_a_product_of_floats_is_refused() -> None:
+    x = {"x": np.zeros((2, 3), np.int32)}
+    made = model([node("MatMul", ["x", "w"])], x, ["y"], {"w": np.zeros((3, 4), np.int32)})
+    with pytest.raises(core.Unsupported, match="products are of floats"):
+        engine(made, x)
+
+
+def test_nan_and_infinity_pass_through() -> None:
+    x = {"x": np.array([[np.nan, 1, 2], [np.inf, 1, 1], [1, 1, 1]], np.float32)}
+    made = model([node("MatMul", ["x", "w"])], x, ["y"], {"w": np.ones((3, 5), np.float32)})
+    np.testing.assert_array_equal(engine(made, x)["y"], onnxruntime(made, x)["y"])
