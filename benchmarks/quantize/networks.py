@@ -82,12 +82,13 @@ def integers(options: argparse.Namespace, done: set[tuple[str, str, int]]) -> It
         dense = subject.per_sample(subject.model)
         with tempfile.TemporaryDirectory() as folder:
             whole = Path(folder) / "dense.onnx"
-            deploy.export_onnx(subject.model, subject.example_inputs, whole)
+            others = deploy.other_sizes(subject.model, subject.task())
+            deploy.export_onnx(subject.model, subject.example_inputs, whole, others=others)
             for way in wanted:
                 model, plan, seconds = quantized(subject, fw.Quantize(8, activations=way))
                 small = Path(folder) / f"{way}.onnx"
                 data = calibration_inputs(model, subject.task())
-                made = deploy.export_onnx(model, subject.example_inputs, small, calibration=data)
+                made = deploy.export_onnx(model, subject.example_inputs, small, calibration=data, others=others)
                 row = {"subject": name, "way": way, "bits": 8, "seconds": seconds, **sizes(model, plan)}
                 row |= {"notes": list(made.notes), "integers": made.integers.words if made.integers else ""}
                 row |= judged(subject, dense, model)
@@ -142,7 +143,7 @@ def in_runtimes(subject: Subject, dense: Any, whole: Path, small: Path, options:
 
 
 def _judged_in(runtime: str, subject: Subject, dense: Any, opened: Any) -> Row:
-    """The metric in a runtime, or why there is none: a file takes inputs of the example's shape, but for the batch."""
+    """The metric in a runtime, or why there is none: a file may take no other lengths than the example's."""
     try:
         return judged(subject, dense, opened)
     except FeatherweightError as error:

@@ -161,7 +161,8 @@ def _export(evidence: Evidence, folder: Path, warnings: list[str], tell: Tell) -
     path.unlink(missing_ok=True)  # an older run's; a failed export must not leave it standing
     model, inputs = evidence.model, evidence.task.example_inputs
     try:
-        made = deploy.export_onnx(model, inputs, path, calibration=deploy.calibration_inputs(model, evidence.task))
+        data, others = deploy.calibration_inputs(model, evidence.task), deploy.other_sizes(model, evidence.task)
+        made = deploy.export_onnx(model, inputs, path, calibration=data, others=others)
         parity = deploy.parity(model, path, deploy.sample_inputs(model, inputs))
     except FeatherweightError as error:
         warnings.append(f"No ONNX file that can be trusted: {error}")
@@ -213,7 +214,8 @@ def _sessions(
         if folder is not None and export is not None and export.get("path"):
             dense = Path(scratch) / "before.onnx"
             try:
-                deploy.export_onnx(reference, evidence.task.example_inputs, dense)
+                others = deploy.other_sizes(reference, evidence.task)
+                deploy.export_onnx(reference, evidence.task.example_inputs, dense, others=others)
                 for runtime in deploy.available_runtimes():
                     files = (dense, dense, folder / "model.onnx")
                     sessions[runtime] = tuple(deploy.session(file, runtime) for file in files)

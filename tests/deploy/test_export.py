@@ -15,8 +15,9 @@ from onnx import numpy_helper
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map_only
 
-from featherweight.deploy import export, export_onnx, session
+from featherweight.deploy import export, export_onnx, other_sizes, session
 from featherweight.errors import ArtefactError, DataError, ExportError, MissingExtra, OptionError, ParityError
+from featherweight.task import Task
 from tests.deploy.zoo import Convs, FromDict, Recurrent, models
 
 MODELS = models()
@@ -267,3 +268,65 @@ def test_keys_may_come_in_any_order(tmp_path) -> None:
     made = export_onnx(model, (batch,), tmp_path / "model.onnx")
     turned = dict(reversed(batch.items()))
     torch.testing.assert_close(session(made.path)(turned), model(batch).detach())
+
+
+class Reader(nn.Module):
+    """A transformer layer over tokens, as often as they are: positions are made of the sequence, attention is masked."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.words, self.places = nn.Embedding(30, 16), nn.Embedding(64, 16)
+        self.layer = nn.TransformerEncoderLayer(16, 2, 32, batch_first=True)
+        self.head = nn.Linear(16, 3)
+
+    def forward(self, ids: Tensor, mask: Tensor) -> Tensor:
+        x = self.words(ids) + self.places(torch.arange(ids.shape[1]))
+        x = self.layer(x, src_key_padding_mask=mask)
+        return self.head(x.masked_fill(mask[..., None], 0.0).sum(1))
+
+
+def words_of(rows: int, length: int) -> tuple[Tensor, Tensor]:
+    mask = torch.rand(rows, length) > 0.7
+    mask[:, 0] = False
+    return torch.randint(30, (rows, length)), mask
+
+
+@pytest.mark.parametrize("runtime", ["onnxruntime", "openvino"])
+def test_lengths_that_vary_in_a_tasks_data_may_be_any_in_the_file(runtime: str, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model = Reader().eval()
+    data = [(*words_of(rows, length), torch.zeros(rows)) for rows, length in ((4, 9), (4, 9), (4, 12), (2, 7))]
+    task = Task(model, words_of(4, 9), calibration=data)
+    others = other_sizes(model, task)
+    assert [tuple(call[0].shape) for call in others] == [(4, 12)]
+    made = export_onnx(model, task.example_inputs, tmp_path / "model.onnx", others=others)
+    assert made.open_axes == {"ids": (0, 1), "mask": (0, 1)} and made.dynamic_batch and made.notes == ()
+    for rows, length in ((1, 5), (4, 9), (3, 40)):
+        call = words_of(rows, length)
+        torch.testing.assert_close(session(made.path, runtime)(*call), model(*call).detach(), rtol=1e-4, atol=1e-5)
+    assert export_onnx(model, task.example_inputs, tmp_path / "fixed.onnx").open_axes == {"ids": (0,), "mask": (0,)}
+
+
+def test_a_length_that_the_model_fixes_stays_and_a_note_says_so(tmp_path: Path) -> None:
+    class Fixed(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return x.flatten(1) * (1.0 if x.shape[1] == 6 else 2.0)  # the trace goes one way
+
+    x, other = torch.randn(2, 6), torch.randn(2, 8)
+    made = export_onnx(Fixed(), (x,), tmp_path / "model.onnx", others=[(other,)])
+    assert made.open_axes == {"x": (0,)}
+    assert any(note.startswith("torch.export with a dynamic batch and length ") for note in made.notes), made.notes
+    with pytest.raises(OptionError, match=r"others has tuple\(Tensor\[2\]"):
+        export_onnx(Fixed(), (x,), tmp_path / "model.onnx", others=[(torch.zeros(2),)])
+
+
+def test_squares_of_several_sizes_leave_height_and_width_open_each_for_itself(tmp_path: Path) -> None:
+    model = nn.Sequential(
+        nn.Conv2d(1, 4, 3, padding=1), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 2)
+    )
+    made = export_onnx(
+        model, (torch.randn(2, 1, 8, 8),), tmp_path / "model.onnx", others=[(torch.randn(2, 1, 11, 11),)]
+    )
+    assert made.open_axes == {"input": (0, 2, 3)}
+    wide = torch.randn(3, 1, 6, 14)
+    torch.testing.assert_close(session(made.path)(wide), model(wide).detach(), rtol=1e-4, atol=1e-5)

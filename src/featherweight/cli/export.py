@@ -56,7 +56,7 @@ def command(
     """Exports a model to ONNX and checks in ONNX Runtime that the file answers as the PyTorch model does.
 
     A quantized model becomes a QDQ file of integers; with --task, grids between its layers take their ranges from the
-    task's calibration data.
+    task's calibration data, and sequences whose lengths vary in it may have any length in the file.
 
     \b
     Example: featherweight export run --model my_package.nets:make -o model.onnx
@@ -67,7 +67,10 @@ def command(
     from featherweight import deploy
 
     calibration = None if found is None else deploy.calibration_inputs(net, found)
-    made = deploy.export_onnx(net, inputs, output, opset=opset, dynamic_batch=not static_batch, calibration=calibration)
+    others = [] if found is None or static_batch else deploy.other_sizes(net, found)
+    made = deploy.export_onnx(
+        net, inputs, output, opset=opset, dynamic_batch=not static_batch, calibration=calibration, others=others
+    )
     parity = deploy.check_parity(net, output, deploy.sample_inputs(net, inputs))
     if not json:
         batch = "any batch size" if made.dynamic_batch else "the example's batch size"

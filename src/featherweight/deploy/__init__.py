@@ -6,7 +6,7 @@ from featherweight.deploy.forms import Form, form_in, int8_instructions, is_quan
 from featherweight.deploy.integer import Agreement, IntegerReference, NodeAgreement, agreement, agreement_by_node
 from featherweight.deploy.parity import Parity, check_parity, parity, sample_inputs
 from featherweight.deploy.qdq import Integers, without_integers
-from featherweight.deploy.ranges import calibration_inputs
+from featherweight.deploy.ranges import calibration_inputs, other_sizes
 from featherweight.deploy.sessions import RUNTIMES, Session, available_runtimes, session, torch_session
 
 __all__ = [
@@ -28,6 +28,7 @@ __all__ = [
     "form_in",
     "int8_instructions",
     "is_quantized",
+    "other_sizes",
     "parity",
     "sample_inputs",
     "session",

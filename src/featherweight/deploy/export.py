@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """ONNX by torch's torch.export-based exporter: one file, a batch of any size, and nothing written that is not checked.
 
-Tried in this order until a file agrees with the model in ONNX Runtime: a dynamic batch, the example's batch, and both
-again with layers taken apart into plain ops (an LSTM with projections, say, exports to a node that no runtime runs).
-torch's older tracing exporter is no fallback: a trace can be wrong without a word.
+Tried in this order until a file agrees with the model in ONNX Runtime: a dynamic batch, with lengths that are as free as
+the data's if these vary, the example's batch, and all again with layers taken apart into plain ops (an LSTM with
+projections, say, exports to a node that no runtime runs). torch's older tracing exporter is no fallback: a trace can be wrong without a word.
 
 Zeros stay zeros: the exporter folds a BatchNorm into its conv and reorders an LSTM's gates, which moves zeros, but
 makes none of them anything else. What it notes of the machine, its paths and the model's source, is taken out.
@@ -16,11 +16,12 @@ import dataclasses
 import importlib.util
 import inspect
 import io
+import itertools
 import logging
 import os
 import tempfile
 import warnings
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -48,14 +49,13 @@ _ONE_FILE_BYTES = 2**31 - 2**25
 _INTEGER_OPSET = 21
 
 _PLAIN, _DECOMPOSED = "torch.export", "torch.export, decomposed"
-_ATTEMPTS = ((_PLAIN, True), (_PLAIN, False), (_DECOMPOSED, True), (_DECOMPOSED, False))
 
 
 @dataclasses.dataclass(frozen=True)
 class Export:
     """What was written. `files` is `path` alone, or with the weights beside it from 2 GB on; `bytes` is of all of them.
 
-    `dynamic_batch` says whether axis 0 may have any size; `exporter` is "torch.export" or "torch.export, decomposed";
+    `dynamic_batch` says whether axis 0 may have any size, `open_axes` which axes of each input may; `exporter` is "torch.export" or "torch.export, decomposed";
     `notes` are sentences on what was asked for and not possible. Inputs are the example's tensors in order, those of a
     dict by key, under the names of the arguments that they are: a session takes them by these names too.
     """
@@ -70,6 +70,7 @@ class Export:
     input_names: tuple[str, ...]
     output_names: tuple[str, ...]
     integers: Integers
+    open_axes: Mapping[str, tuple[int, ...]] = dataclasses.field(default_factory=dict)
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-able, paths as text."""
@@ -84,12 +85,15 @@ def export_onnx(
     opset: int = 18,
     dynamic_batch: bool = True,
     calibration: Iterable[Any] | None = None,
+    others: Sequence[tuple[Any, ...]] = (),
 ) -> Export:
     """Writes the model, in eval mode, as an ONNX file, checked in ONNX Runtime before it takes its name.
 
     Saves neither bytes nor time by itself: weights are stored dense, zeros and all. With `dynamic_batch` axis 0 is
     "batch" in every tensor whose axis 0 is as long as the first one's; a model that fixes it is exported with the
-    example's batch, and `notes` says so. What is not a tensor in the inputs becomes a constant. The model stays as it is.
+    example's batch, and `notes` says so. Other axes have the example's size, but for those on which `others`, calls of
+    other sizes, differ from it (sequences of several lengths: `other_sizes` finds them in a task's data); the file is
+    checked on these too, and where the model fixes such an axis, `notes` says so. What is not a tensor in the inputs becomes a constant. The model stays as it is.
 
     A quantized model becomes a QDQ file: weights that lie on a grid of 8 bits or fewer are stored as integers (int4
     where 4 bits hold them and nothing multiplies them as int8; opset 21 or later), grids on layers' inputs are QuantizeLinear and
@@ -114,7 +118,7 @@ def export_onnx(
     for package in ("onnx", "onnxscript"):
         require(package, extra="onnx")
     path = Path(path)
-    job = _job(unwrap(model), example_inputs, opset, calibration)
+    job = _job(unwrap(model), example_inputs, opset, calibration, others)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.") as folder:
@@ -139,9 +143,19 @@ class _Job:
     opset: int
     input_names: tuple[str, ...]
     output_names: tuple[str, ...]
-    shapes: dict[str, Any]
+    sizes: tuple[_Sizes, ...]
     batched: tuple[bool, ...]
+    others: tuple[tuple[Any, ...], ...]
     notes: tuple[str, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class _Sizes:
+    """Which axes are left open, as torch.export has it (None: none), and that in words."""
+
+    words: str
+    shapes: dict[str, Any] | None
+    lengths: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -152,7 +166,13 @@ class _Made:
     integers: Integers
 
 
-def _job(model: nn.Module, example_inputs: tuple[Any, ...], opset: int, calibration: Iterable[Any] | None) -> _Job:
+def _job(
+    model: nn.Module,
+    example_inputs: tuple[Any, ...],
+    opset: int,
+    calibration: Iterable[Any] | None,
+    others: Sequence[tuple[Any, ...]],
+) -> _Job:
     twin, traced = eval_copy(model), eval_copy(model)
     marks, parameters = mark(traced), dict(model.named_parameters())
     inputs = sort_keys(tree_map_only(Tensor, lambda t: t.detach().clone(), example_inputs))
@@ -171,10 +191,15 @@ def _job(model: nn.Module, example_inputs: tuple[Any, ...], opset: int, calibrat
         for name, size in zip(input_names, sizes, strict=True)
         if size is not None and size != batch
     ]
-
-    def shape(leaf: Any) -> dict[int, str] | None:
-        return {0: "batch"} if isinstance(leaf, Tensor) and leaf.ndim and leaf.shape[0] == batch else None
-
+    batched = tuple(size is not None and size == batch for size in sizes)
+    free = [{0: "batch"} if leads else {} for leads in batched]
+    lengths = _lengths(inputs, others)
+    both = [{**axes, **more} for axes, more in zip(free, lengths, strict=True)]
+    forms = (
+        *([_Sizes("a dynamic batch and length", _shapes(arguments, both), lengths=True)] if any(lengths) else []),
+        _Sizes("a dynamic batch", _shapes(arguments, free)),
+        _Sizes("a fixed batch", None),
+    )
     return _Job(
         model=twin,
         traced=traced,
@@ -185,10 +210,41 @@ def _job(model: nn.Module, example_inputs: tuple[Any, ...], opset: int, calibrat
         opset=max(opset, _INTEGER_OPSET) if marks.any or on_grids(parameters.values()) else opset,
         input_names=input_names,
         output_names=output_names,
-        shapes={name: tree_map(shape, value) for name, value in arguments.items()},
-        batched=tuple(size is not None and size == batch for size in sizes),
+        sizes=forms,
+        batched=batched,
+        others=tuple(sort_keys(other) for other in others) if any(lengths) else (),
         notes=tuple(notes),
     )
+
+
+def _shapes(arguments: Mapping[str, Any], free: Sequence[dict[int, str]]) -> dict[str, Any]:
+    """The arguments with the open axes of each tensor in its place."""
+    remaining = iter(free)
+    return {
+        name: tree_map(lambda leaf: (next(remaining) or None) if isinstance(leaf, Tensor) else None, value)
+        for name, value in arguments.items()
+    }
+
+
+def _lengths(inputs: tuple[Any, ...], others: Sequence[tuple[Any, ...]]) -> list[dict[int, str]]:
+    """By tensor: the axes behind the first whose size is not always the same, named; those that vary together by one name."""
+    calls = [flatten_inputs(call) for call in (inputs, *others)]
+    for other in calls[1:]:
+        if [leaf.ndim for leaf in other] != [leaf.ndim for leaf in calls[0]]:
+            raise OptionError(f"others has {describe(tuple(other))}, and the example is {describe(tuple(calls[0]))}.")
+    named: dict[tuple[int, ...], str] = {}
+    found: list[dict[int, str]] = []
+    for leaves in zip(*calls, strict=True):
+        own: dict[int, str] = {}
+        for axis in range(1, leaves[0].ndim):
+            seen = tuple(int(leaf.shape[axis]) for leaf in leaves)
+            if len(set(seen)) == 1:
+                continue
+            name = named.setdefault(seen, "length" if not named else f"length_{len(named) + 1}")
+            # Height and width of squares vary together in the data, and need not.
+            own[axis] = name if name not in own.values() else f"{name}_of_axis_{axis}"
+        found.append(own)
+    return found
 
 
 class _TensorsOnly(nn.Module):
@@ -217,14 +273,15 @@ def _first_that_agrees(job: _Job, folder: Path, name: str, dynamic_batch: bool) 
     notes = list(job.notes) if dynamic_batch else []
     failures: dict[tuple[str, bool], FeatherweightError] = {}
     wrong: set[str] = set()  # exporters whose file was wrong on the example itself: a fixed batch would not mend it
-    for number, (exporter, dynamic) in enumerate(_ATTEMPTS):
+    for number, (exporter, sizes) in enumerate(itertools.product((_PLAIN, _DECOMPOSED), job.sizes)):
+        dynamic = sizes.shapes is not None
         if exporter in wrong or (dynamic and not dynamic_batch):
             continue
         file = folder / str(number) / name
         file.parent.mkdir()
-        attempt = f"{exporter} with a {'dynamic' if dynamic else 'fixed'} batch"
+        attempt = f"{exporter} with {sizes.words}"
         try:
-            integers = _write(job, file, exporter, dynamic)
+            integers = _write(job, file, exporter, sizes.shapes)
         except OSError:
             raise
         except Exception as error:
@@ -233,7 +290,7 @@ def _first_that_agrees(job: _Job, folder: Path, name: str, dynamic_batch: bool) 
             if lacks_an_op(error) or (is_data_dependent(error) and not dynamic):
                 break  # no further attempt can help
             continue
-        if dynamic and not _facts(file)[1]:
+        if dynamic and not _any_batch(_facts(file)[1]):
             dynamic = False
             notes.append("The batch is fixed: the model's own code, a reshape to a constant say, sets it.")
         if importlib.util.find_spec("onnxruntime") is None:
@@ -243,7 +300,7 @@ def _first_that_agrees(job: _Job, folder: Path, name: str, dynamic_batch: bool) 
         if words:
             wrong.add(exporter)
         elif dynamic:
-            words = _disagreement(job, file, [_larger_batch(job)])
+            words = _disagreement(job, file, [_larger_batch(job), *(job.others if sizes.lengths else ())])
         if not words:
             return _with_edges(job, _Made(file, exporter, tuple(notes), integers))
         failures[exporter, dynamic] = ParityError(words)
@@ -280,17 +337,15 @@ def _with_edges(job: _Job, made: _Made) -> _Made:
     return dataclasses.replace(made, file=file, integers=dataclasses.replace(made.integers, edges=new))
 
 
-def _write(job: _Job, file: Path, exporter: str, dynamic: bool) -> Integers:
+def _write(job: _Job, file: Path, exporter: str, shapes: dict[str, Any] | None) -> Integers:
     onnx = require("onnx", extra="onnx")
 
     model: Any = job.traced
     with _quiet():
         if exporter == _DECOMPOSED:
             # Names of axes are given to the ONNX file below; torch.export finds by itself which can vary.
-            free = tree_map(
-                lambda axes: axes and dict.fromkeys(axes, torch.export.Dim.AUTO), job.shapes, is_leaf=_is_axes
-            )
-            model = torch.export.export(model, job.inputs, dynamic_shapes=free if dynamic else None, strict=False)
+            free = tree_map(lambda axes: axes and dict.fromkeys(axes, torch.export.Dim.AUTO), shapes, is_leaf=_is_axes)
+            model = torch.export.export(model, job.inputs, dynamic_shapes=free, strict=False)
             model = model.run_decompositions()
         program = torch.onnx.export(
             model,
@@ -301,7 +356,7 @@ def _write(job: _Job, file: Path, exporter: str, dynamic: bool) -> Integers:
             opset_version=job.opset,
             input_names=list(job.input_names),
             output_names=list(job.output_names),
-            dynamic_shapes=job.shapes if dynamic else None,
+            dynamic_shapes=shapes,
         )
         written = cast(Any, program).model
         _strip(written)
@@ -313,7 +368,7 @@ def _write(job: _Job, file: Path, exporter: str, dynamic: bool) -> Integers:
 
 
 def _is_axes(value: Any) -> bool:
-    return value is None or (isinstance(value, dict) and set(value) == {0})
+    return value is None or (isinstance(value, dict) and bool(value) and all(isinstance(axis, int) for axis in value))
 
 
 def _strip(written: Any) -> None:
@@ -358,18 +413,22 @@ def _larger_batch(job: _Job) -> tuple[Any, ...]:
     return larger
 
 
-def _facts(file: Path) -> tuple[Any, bool]:
-    """The file's graph without its weights, and whether any input leaves its axis 0 open."""
+def _facts(file: Path) -> tuple[Any, dict[str, tuple[int, ...]]]:
+    """The file's graph without its weights, and the axes that each input leaves open."""
     onnx = require("onnx", extra="onnx")
 
     proto = onnx.load(str(file), load_external_data=False)
-    first_axes = [i.type.tensor_type.shape.dim[0] for i in proto.graph.input if i.type.tensor_type.shape.dim]
-    return proto, any(axis.dim_param for axis in first_axes)
+    axes = {i.name: enumerate(i.type.tensor_type.shape.dim) for i in proto.graph.input}
+    return proto, {name: tuple(axis for axis, size in own if size.dim_param) for name, own in axes.items()}
+
+
+def _any_batch(open_axes: Mapping[str, tuple[int, ...]]) -> bool:
+    return any(0 in axes for axes in open_axes.values())
 
 
 def _publish(job: _Job, made: _Made, path: Path) -> Export:
     """Reads what was written, then gives the files their names: the weights first, so that the graph never lacks them."""
-    proto, dynamic = _facts(made.file)
+    proto, open_axes = _facts(made.file)
     opset = next(entry.version for entry in proto.opset_import if entry.domain in ("", "ai.onnx"))
     notes = [*made.notes, *made.integers.notes]
     if made.exporter == _DECOMPOSED:
@@ -387,10 +446,11 @@ def _publish(job: _Job, made: _Made, path: Path) -> Export:
         opset=opset,
         bytes=total,
         files=tuple(path.parent / file.name for file in reversed(files)),
-        dynamic_batch=dynamic,
+        dynamic_batch=_any_batch(open_axes),
         exporter=made.exporter,
         notes=tuple(notes),
         input_names=tuple(value.name for value in proto.graph.input),
         output_names=tuple(value.name for value in proto.graph.output),
         integers=made.integers,
+        open_axes=open_axes,
     )

@@ -21,7 +21,7 @@ from featherweight.errors import DataError, NumericalError
 from featherweight.measure import eval_copy
 from featherweight.task import Task, describe
 
-__all__ = ["affine", "calibration_inputs", "call_inputs", "record_ranges"]
+__all__ = ["affine", "calibration_inputs", "call_inputs", "other_sizes", "record_ranges"]
 
 
 def record_ranges(
@@ -119,6 +119,30 @@ def calibration_inputs(model: nn.Module, task: Task, samples: int = 512) -> Iter
     return None if data is None else _caught(eval_copy(model), task, data, samples)
 
 
+def other_sizes(model: nn.Module, task: Task, samples: int = 512) -> list[tuple[Any, ...]]:
+    """Calls in the task's data whose tensors differ from the example's in a size, the batch aside; one for each new axis.
+
+    For `export_onnx(..., others=...)`. Nothing where all are as the example, or where the task has no data.
+    """
+    example = flatten_inputs(task.example_inputs)
+    found: list[tuple[Any, ...]] = []
+    known: set[tuple[int, int]] = set()
+    for arguments in calibration_inputs(model, task, samples) or ():
+        leaves = flatten_inputs(arguments)
+        if [leaf.ndim for leaf in leaves] != [leaf.ndim for leaf in example]:
+            continue
+        axes = {
+            (i, axis)
+            for i, leaf in enumerate(leaves)
+            for axis in range(1, leaf.ndim)
+            if leaf.shape[axis] != example[i].shape[axis]
+        }
+        if not axes <= known:
+            known |= axes
+            found.append(arguments)
+    return found
+
+
 class _Caught(Exception):
     def __init__(self, arguments: tuple[Any, ...]) -> None:
         self.arguments = arguments
@@ -143,6 +167,8 @@ def _caught(twin: nn.Module, task: Task, data: Iterable[Any], samples: int) -> I
             sizes = [leaf.shape[0] for leaf in flatten_inputs(caught.arguments) if leaf.ndim]
             seen += sizes[0] if sizes else 1
             yield caught.arguments
+        else:
+            return  # it calls a part of the model: no later batch would be caught, and each costs a whole forward
 
 
 def affine(ranges: Iterable[tuple[float, float]]) -> Affine:
