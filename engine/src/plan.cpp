@@ -131,6 +131,8 @@ void Planner::alias(int output, const Fact& view) {
 
 void Planner::give(int output, const Tensor& tensor) { alias(output, state_.held(tensor)); }
 
+Fact Planner::hold(const Tensor& tensor) { return state_.held(tensor); }
+
 Fact Planner::scratch(Type type, const Dims& dims) { return state_.room(type, dims); }
 
 Fact Planner::dense(const Fact& fact, const std::vector<int>& order) {
@@ -148,6 +150,14 @@ Fact Planner::dense(const Fact& fact, const std::vector<int>& order) {
         stride *= fact.dims[axes[i]];
     }
     if (same) return fact;
+    if (fact.constant) {
+        const Tensor elements(fact.type, fact.dims);
+        made.buffer = state_.held(elements).buffer;
+        made.offset = 0;
+        copy(state_.pool, fact, state_.plan.buffers[fact.buffer].constant->bytes() + fact.offset * static_cast<std::int64_t>(size_of(fact.type)),
+             made, elements.bytes());
+        return made;
+    }
     made.buffer = state_.room(fact.type, fact.dims).buffer;
     made.offset = 0;
     made.constant = false;

@@ -110,9 +110,12 @@ public:
     void alias(int output, const Fact& view);
     // An output that is known without its inputs' elements, as Shape's is.
     void give(int output, const Tensor& tensor);
+    // A constant that is no output: what a rule works out while planning and its step reads.
+    Fact hold(const Tensor& tensor);
     // Room that only this step uses: dense, row-major.
     Fact scratch(Type type, const Dims& dims);
-    // The same elements, dense in `order`: `fact` itself where it is so already, or a copy that a step of its own makes.
+    // The same elements, dense in `order`: `fact` itself where it is so already, or a copy that a step of its own makes;
+    // that of a constant is made at once.
     Fact dense(const Fact& fact, const std::vector<int>& order = {});
 
     // Adds a step. `touches`: every fact that it reads or writes; buffers live as long as steps that touch them.

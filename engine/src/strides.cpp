@@ -102,11 +102,12 @@ std::optional<Fact> reshaped(const Fact& fact, const Dims& dims) {
 }
 
 std::vector<int> storage_order(const Fact& fact) {
-    // An axis of one element lies anywhere: it goes before the axis that is named after it.
+    // An axis of one element lies anywhere, and one that repeats a single element as well: it goes before the axis that is
+    // named after it.
     std::vector<std::int64_t> keys(fact.dims.size());
     std::int64_t key = 0;
     for (std::size_t i = fact.dims.size(); i-- > 0;) {
-        if (fact.dims[i] != 1) key = std::abs(fact.strides[i]);
+        if (fact.dims[i] != 1 && fact.strides[i] != 0) key = std::abs(fact.strides[i]);
         keys[i] = key;
     }
     std::vector<int> order(fact.dims.size());

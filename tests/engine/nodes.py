@@ -28,7 +28,7 @@ def model(
         "test",
         [helper.make_tensor_value_info(n, helper.np_dtype_to_tensor_dtype(a.dtype), a.shape) for n, a in inputs.items()],
         [helper.make_tensor_value_info(name, TensorProto.UNDEFINED, None) for name in outputs],
-        [numpy_helper.from_array(np.ascontiguousarray(array), name) for name, array in (constants or {}).items()],
+        [numpy_helper.from_array(np.asarray(array, order="C"), name) for name, array in (constants or {}).items()],
     )
     made = helper.make_model(graph, opset_imports=[helper.make_opsetid("", opset)], ir_version=10)
     inferred = onnx.shape_inference.infer_shapes(made, data_prop=True)
@@ -45,7 +45,7 @@ def node(op: str, inputs: Sequence[str], *, outputs: Sequence[str] = ("y",), **a
 def engine(made: onnx.ModelProto, inputs: Arrays, threads: int = 2, instruction_set: str = "") -> dict[str, NDArray[Any]]:
     session = core.Engine(made.SerializeToString(), threads=threads, instruction_set=instruction_set)
     order = [name for name, _, _ in session.inputs]
-    values = session.run([np.ascontiguousarray(inputs[name]) for name in order])
+    values = session.run([np.asarray(inputs[name], order="C") for name in order])
     return {name: value for (name, _, _), value in zip(session.outputs, values, strict=True)}
 
 
