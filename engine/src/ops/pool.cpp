@@ -191,14 +191,15 @@ float coordinate(const Sampling& how, std::int64_t at, float scale, std::int64_t
     if (how.coordinates == "half_pixel") return (x + 0.5f) / scale - 0.5f;
     if (how.coordinates == "half_pixel_symmetric") {
         const float adjustment = made / (scale * old);
-        return old / 2.0f * (1.0f - adjustment) + (x + 0.5f) / scale - 0.5f;
+        return static_cast<float>(old / 2.0f * (1.0f - adjustment) + (x + 0.5) / scale - 0.5);
     }
     throw Unsupported("its coordinate_transformation_mode '" + how.coordinates + "'");
 }
 
 std::int64_t neighbour(const Sampling& how, float x) {
     const auto floor = [](float value) { return static_cast<std::int64_t>(std::floor(value)); };
-    const bool half = x - std::floor(x) == 0.5f;
+    // What lies between two elements but for rounding is between them.
+    const bool half = std::abs(x - std::floor(x) - 0.5f) <= 1e-6f * std::max(1.0f, std::abs(x));
     if (how.nearest == "floor") return floor(x);
     if (how.nearest == "ceil") return static_cast<std::int64_t>(std::ceil(x));
     if (how.nearest == "round_prefer_floor") return half ? floor(x) : static_cast<std::int64_t>(std::round(x));
@@ -324,6 +325,9 @@ void resize_to(Planner& planner, const Sampling& how, const std::vector<int>& ax
         if (!scales.empty()) {
             if (!(scale > 0) || !(scale * static_cast<float>(from) < 1e9f)) throw Error("its scales must be positive and not huge");
             dims[axes[i]] = static_cast<std::int64_t>(scale * static_cast<float>(from));
+            // ONNX stretches to the unrounded size then, runtimes to the rounded one.
+            if (how.coordinates == "align_corners" && static_cast<float>(dims[axes[i]]) != scale * static_cast<float>(from))
+                throw Unsupported("align_corners with scales that give no whole size");
         } else if (common > 0) {
             dims[axes[i]] = static_cast<std::int64_t>(std::floor(common * static_cast<float>(from) + 0.5f));
         } else {
