@@ -309,7 +309,11 @@ void conv(Planner& planner) {
     Geometry g;
     g.rows = static_cast<int>(rows / groups);
     g.channels = static_cast<int>(channels / groups);
-    for (int i = 0; i < rank; ++i) g.space[3 - rank + i] = axes[i];
+    // Axes of one element go first, so that lines run along one that has more: 1-d convolutions are often written as 2-d ones.
+    std::vector<Spatial> lines;
+    for (const Spatial& axis : axes)
+        if (!(axis.in == 1 && axis.out == 1 && axis.taps == 1)) lines.push_back(axis);
+    std::copy(lines.begin(), lines.end(), std::end(g.space) - static_cast<std::ptrdiff_t>(lines.size()));
     g.channel_step = places.in.strides[1];
     g.row_step = static_cast<std::ptrdiff_t>(g.positions());
     for (std::int64_t image = 0; image < images; ++image) {
