@@ -311,6 +311,9 @@ std::vector<Choice> candidates(const Geometry& geometry, double density, int lan
         add(true, 4, 128);
         add(true, 6, 128);
         add(true, 2, 512);
+        if (!pointwise)  // whole lines are copied with fewer loads
+            for (int width = 3; width <= most_width; ++width)
+                if (width * lanes % geometry.space[2].out == 0) add(true, width, 128);
     }
     if (density > 0.15) {
         add(false, 3, 192);
