@@ -312,7 +312,7 @@ void conv(Planner& planner) {
     // Axes of one element go first, so that lines run along one that has more: 1-d convolutions are often written as 2-d ones.
     std::vector<Spatial> lines;
     for (const Spatial& axis : axes)
-        if (!(axis.in == 1 && axis.out == 1 && axis.taps == 1)) lines.push_back(axis);
+        if (!(axis.in == 1 && axis.out == 1 && axis.taps == 1 && axis.pad == 0)) lines.push_back(axis);
     std::copy(lines.begin(), lines.end(), std::end(g.space) - static_cast<std::ptrdiff_t>(lines.size()));
     g.channel_step = places.in.strides[1];
     g.row_step = static_cast<std::ptrdiff_t>(g.positions());
