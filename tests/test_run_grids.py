@@ -30,6 +30,18 @@ def compress(stages: list[Any], on: fw.Task | None = None, **options: Any) -> fw
 TRAIN = fw.Train(steps=3, lr=0.05)
 
 
+def test_a_report_counts_integers_as_such() -> None:
+    result = compress([fw.Quantize(8, activations="static"), fw.Quantize(4)])
+    before, after = result.scorecards["before"], result.scorecards["after"]
+    assert (before.bits, before.input_bits, before.bops) == (32.0, None, 32 * before.macs)
+    assert after.bits == 4.0 and after.input_bits == 8
+    assert after.bops <= 4 * 8 / 32 * before.macs
+    assert "4-bit weights and 8-bit inputs: " in result.report["gains"][0]
+    shown = {stage["name"]: stage["scorecard"]["bits"] for stage in result.report["stages"]}
+    assert list(shown.values()) == [8.0, 4.0]
+    assert "PyTorch (which only simulates integers)" in result.report["verdict"]["sentence"]
+
+
 @pytest.mark.parametrize(
     "first",
     [fw.Quantize(8), fw.Quantize(2), fw.Quantize(4, symmetric=False), fw.Quantize(1), fw.Quantize(4, chunk=8)],

@@ -82,7 +82,7 @@ def score(model: nn.Module, task: Task, hints: Mapping[str, str] | None = None, 
 
     Cost: one counted forward, one coding of all tensors, one `evaluate`; with `gzip`, one pass of gzip -6 as well.
     """
-    counts = measure.count(model, task.example_inputs)
+    counts = measure.count(model, task.example_inputs, hints)
     tensors, _ = tensors_and_ties(model)
     packed = sum(form.coded_bytes for form in pack.code(tensors, hints or {}).values())
     return Scorecard(
@@ -98,6 +98,8 @@ def score(model: nn.Module, task: Task, hints: Mapping[str, str] | None = None, 
         metric=_metric(model, task),
         metric_name=task.metric,
         samples=task.samples,
+        bits=counts.bits,
+        input_bits=counts.input_bits,
     )
 
 

@@ -93,6 +93,8 @@ def _totals(model: nn.Module) -> dict[str, Any]:
         "dense_bytes": _bytes(tensors_and_ties(model)[0].values()),
         "peak_memory_bytes": None,
         "uncounted": (),
+        "bits": None,
+        "input_bits": None,
     }
 
 

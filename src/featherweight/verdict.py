@@ -6,7 +6,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from featherweight.measure import Comparison, Scorecard
+from featherweight.measure import Comparison, Scorecard, spoken
 from featherweight.report import tables, words
 
 __all__ = ["verdict"]
@@ -33,11 +33,10 @@ def _sentence(before: Scorecard, after: Scorecard, comparisons: Mapping[str, Com
     if before.metric is not None and after.metric is not None:
         n = f" (n = {after.samples})" if after.samples else ""
         parts.append(f"{after.metric_name} {words.metric(before.metric)} → {words.metric(after.metric)}{n}")
-    faster = [f"{c.ratio:.2f}x faster in {tables.spoken(name)}" for name, c in comparisons.items() if c.faster]
-    slower = [
-        f"{1 / c.ratio:.2f}x slower in {tables.spoken(name)}" for name, c in comparisons.items() if c.faster is False
-    ]
-    same = [tables.spoken(name) for name, c in comparisons.items() if c.faster is None]
+    names = {name: spoken(name, after.simulated) for name in comparisons}
+    faster = [f"{c.ratio:.2f}x faster in {names[name]}" for name, c in comparisons.items() if c.faster]
+    slower = [f"{1 / c.ratio:.2f}x slower in {names[name]}" for name, c in comparisons.items() if c.faster is False]
+    same = [names[name] for name, c in comparisons.items() if c.faster is None]
     parts += faster + slower
     if same:
         parts.append(f"no faster beyond noise in {_and(same)}")

@@ -11,8 +11,10 @@ from torch import Tensor, nn
 from torch.nn.utils import prune
 from torch.utils.flop_counter import FlopCounterMode
 
+from featherweight.edits import apply
 from featherweight.errors import DataError, OptionError
 from featherweight.measure import count
+from featherweight.plan import FakeQuant
 
 
 class Call(nn.Module):
@@ -233,6 +235,78 @@ def test_a_lstm_counts_each_matrix_by_its_own_zeros() -> None:
 
 def test_bops_use_the_width_of_the_numbers() -> None:
     assert count(nn.Linear(4, 6).bfloat16(), (torch.ones(1, 4, dtype=torch.bfloat16),)).bops == 16 * 24
+
+
+def on_grid(shape: tuple[int, ...], bits: int) -> Tensor:
+    """Integers of so many bits, the largest in each row, times a scale a row."""
+    q = torch.randint(-(1 << (bits - 1)) + 1, 1 << (bits - 1), shape)
+    q.flatten(1)[:, 0] = (1 << (bits - 1)) - 1
+    return q * (0.01 + torch.rand(shape[0], *[1] * (len(shape) - 1)))
+
+
+def test_bops_use_the_bits_of_the_grids_of_weights_and_of_what_they_read() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.Flatten(), nn.Linear(8 * 16, 10, bias=False), nn.Linear(10, 16))
+    x = torch.randn(2, 3, 6, 6)
+    conv, wide, last = 2 * 8 * 16 * 27, 2 * 1280, 2 * 160
+    dense = count(model, (x,))
+    assert (dense.bops, dense.bits, dense.input_bits) == (32 * (conv + wide + last), 32.0, None)
+    with torch.no_grad():
+        model[0].weight.copy_(on_grid((8, 3, 3, 3), 8))
+        model[2].weight.copy_(on_grid((10, 128), 5))
+    conv, wide = 2 * 16 * int(model[0].weight.count_nonzero()), 2 * int(model[2].weight.count_nonzero())
+    assert count(model, (x,)).bops == 8 * conv + 5 * wide + 32 * last
+    apply(model, FakeQuant("2", bits=4, symmetric=True))
+    counts = count(model, (x,))
+    assert counts.bops == 8 * conv + round(5 * wide * 4 / 32) + 32 * last
+    assert counts.bits == pytest.approx((8 * 216 + 5 * 1280 + 32 * 160) / (216 + 1280 + 160)) and counts.input_bits == 4
+    with torch.no_grad():
+        model[2].weight[:, 1:33] = 0.0
+    assert count(model, (x,)).bops < counts.bops
+
+
+def test_the_states_of_a_recurrent_layer_are_no_integers() -> None:
+    torch.manual_seed(0)
+    model = nn.LSTM(16, 8, num_layers=2)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "weight" in name:
+                parameter.copy_(on_grid(tuple(parameter.shape), 8))
+    wrapped = nn.Sequential(model)
+    apply(wrapped, FakeQuant("0", bits=8, symmetric=False))
+    x = torch.rand(5, 3, 16) + 0.1
+    nonzero = {name: int(p.count_nonzero()) for name, p in model.named_parameters() if "weight" in name}
+    read = nonzero.pop("weight_ih_l0")
+    assert count(wrapped, (x,)).bops == pytest.approx(8 * 15 * (read * 8 / 32 + sum(nonzero.values())), abs=4)
+
+
+def test_parts_of_a_weight_and_scales_by_chunks_have_its_bits() -> None:
+    torch.manual_seed(0)
+    attention = nn.MultiheadAttention(16, 2, batch_first=True, bias=False)
+    x = torch.randn(1, 5, 16)
+    with torch.no_grad():
+        attention.in_proj_weight.copy_(on_grid((48, 16), 6))
+    projected = 6 * int(attention.in_proj_weight.count_nonzero()) + 32 * 256
+    assert count(attention, (x, x, x)).bops == 5 * projected + 32 * 2 * 25 * 16
+    model = nn.Linear(32, 8)
+    with torch.no_grad():
+        model.weight.copy_(torch.cat([on_grid((8, 16), 4), 8 * on_grid((8, 16), 4)], 1))
+    assert count(model, (torch.randn(1, 32),)).bits == 32.0
+    assert count(model, (torch.randn(1, 32),), {"weight": "int:4:16"}).bits == 4.0
+
+
+def test_halves_and_codebooks_are_stored_in_fewer_bits_and_only_halves_computed_with() -> None:
+    torch.manual_seed(0)
+    model = nn.Linear(32, 8, bias=False)
+    with torch.no_grad():
+        model.weight.copy_(model.weight.half())
+    assert count(model, (torch.randn(1, 32),)).bits == 16.0
+    assert count(model, (torch.randn(1, 32),)).bops == 16 * 256
+    with torch.no_grad():
+        model.weight.copy_(torch.randn(16)[torch.randint(16, (8, 32))])
+    for hint, bits in (("codebook:16", 4.0), ("entropy:codebook:16:huffman", 4.0), ("codebook:4", 32.0), ("", 32.0)):
+        counts = count(model, (torch.randn(1, 32),), {"weight": hint})
+        assert (counts.bits, counts.bops) == (bits, 32 * 256), hint
 
 
 def test_tied_tensors_count_once_and_work_counts_where_it_runs() -> None:

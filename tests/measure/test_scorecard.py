@@ -64,6 +64,19 @@ SLOWER = Comparison(0.8, 0.78, 0.82, False, "1.25x slower (95 % interval 1.22 to
         ),
         (
             DENSE,
+            dataclasses.replace(DENSE, bits=8.0, packed_bytes=1_010_000),
+            {"torch": SAME},
+            "8-bit weights: 4.0x smaller on disk, no faster in PyTorch",
+        ),
+        (
+            dataclasses.replace(DENSE, bits=32.0),
+            dataclasses.replace(DENSE, bits=5.28, input_bits=8, packed_bytes=1_010_000),
+            {"torch": SLOWER, "onnxruntime": FASTER},
+            "5.3-bit weights and 8-bit inputs: 4.0x smaller on disk, 1.8x faster in ONNX Runtime, 1.2x slower in PyTorch "
+            "(which only simulates integers)",
+        ),
+        (
+            DENSE,
             dataclasses.replace(SLICED, nonzeros=1_000),
             {},
             "2.0x fewer parameters and 99.80 % zeros: 2.0x smaller on disk",
@@ -87,6 +100,14 @@ def test_details_follow_with_their_numbers() -> None:
         "MACs: 2.3x fewer (4,600,000 to 2,000,000)",
         "BOPs: 2.3x fewer, a proxy that no stock runtime turns into time",
         "Peak memory of a forward: 2.0x less (2.5 MB)",
+    ]
+
+
+def test_integers_are_worth_their_bops_and_pytorchs_time_is_told_as_simulated() -> None:
+    integers = dataclasses.replace(DENSE, bits=8.0, input_bits=8, bops=DENSE.bops // 16)
+    assert gains(DENSE, integers, {"torch": SLOWER})[1:3] == [
+        "PyTorch (which only simulates integers): 1.25x slower (95 % interval 1.22 to 1.28)",
+        "BOPs: 16.0x fewer, a proxy: runtimes turn integers into time, and zeros not",
     ]
 
 

@@ -5,7 +5,7 @@ from featherweight.measure.copies import eval_copy, run_once
 from featherweight.measure.counts import Counts, LayerCounts, count
 from featherweight.measure.latency import NOISE, Comparison, Latency, compare, time_callables
 from featherweight.measure.machine import machine_facts
-from featherweight.measure.scorecard import Scorecard, gains
+from featherweight.measure.scorecard import Scorecard, gains, spoken
 from featherweight.measure.widths import width
 
 __all__ = [
@@ -21,6 +21,7 @@ __all__ = [
     "gains",
     "machine_facts",
     "run_once",
+    "spoken",
     "time_callables",
     "width",
 ]

@@ -8,13 +8,15 @@ torch, ONNX or OpenVINO skips them, so `macs` is what those do.
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from featherweight.errors import OptionError
-from featherweight.layers import unwrap
+from featherweight.layers import Weight, unwrap
+from featherweight.measure.bits import input_bits, stored_bits
 from featherweight.measure.copies import eval_copy
 from featherweight.measure.macs import Work, count_work
 from featherweight.measure.memory import peak_memory
@@ -46,7 +48,9 @@ class Counts:
     """What was counted of one model on one example.
 
     `macs` are multiply-adds of one forward on the example inputs as they are, batch and all. `bops` are bits x MACs of
-    non-zero weights (a proxy: no stock runtime gains by it); products of two activations count in full. `dense_bytes`
+    non-zero weights, a weight on a grid by the grid's bits, and where a layer's input has one times its bits / 32 (a
+    proxy: no stock runtime gains by zeros); products of two activations count in full. `bits` is the mean over all
+    entries of weights of what each takes, `input_bits` the fewest of a grid on a layer's input, None for none. `dense_bytes`
     is the state dict's, each tensor once. `peak_memory_bytes` is described in `featherweight.measure.memory`.
     `uncounted` names ops that did work that no formula covers; with any, `macs` is a lower bound.
     """
@@ -59,12 +63,14 @@ class Counts:
     peak_memory_bytes: int | None
     layers: tuple[LayerCounts, ...]
     uncounted: tuple[str, ...]
+    bits: float | None = None
+    input_bits: int | None = None
 
 
-def count(model: nn.Module, example_inputs: tuple[Any, ...]) -> Counts:
+def count(model: nn.Module, example_inputs: tuple[Any, ...], formats: Mapping[str, str] | None = None) -> Counts:
     """Counts a model by running a copy of it in eval mode, twice. The model and torch's random state stay as they were.
 
-    Element-wise ops, norms, softmax, pooling and look-ups have no multiply-adds by convention, biases none either.
+    `formats` are a plan's hints: how many columns of a weight share a scale, what has a codebook. Element-wise ops, norms, softmax, pooling and look-ups have no multiply-adds by convention, biases none either.
     Raises `DataError` if the model does not take the inputs, `OptionError` if it cannot be copied.
 
     >>> counts = count(nn.Sequential(nn.Conv2d(1, 4, 3), nn.ReLU()), (torch.zeros(1, 1, 8, 8),))
@@ -74,7 +80,8 @@ def count(model: nn.Module, example_inputs: tuple[Any, ...]) -> Counts:
     if not isinstance(example_inputs, tuple):
         raise OptionError(f"example_inputs is {describe(example_inputs)}; give a tuple, for one tensor: (x,).")
     model = unwrap(model)
-    work = count_work(eval_copy(model), example_inputs)
+    work = count_work(eval_copy(model), example_inputs, formats)
+    held = stored_bits(model, formats)
     layers = _layers(model, work)
     state = {id(t): t for t in model.state_dict(keep_vars=True).values() if isinstance(t, Tensor)}
     return Counts(
@@ -86,7 +93,14 @@ def count(model: nn.Module, example_inputs: tuple[Any, ...]) -> Counts:
         peak_memory_bytes=peak_memory(eval_copy(model), example_inputs),
         layers=layers,
         uncounted=tuple(f"{op} x{calls}" if calls > 1 else op for op, calls in work.uncounted.items()),
+        bits=_mean_bits(held),
+        input_bits=input_bits(model),
     )
+
+
+def _mean_bits(held: Sequence[tuple[Weight, int]]) -> float | None:
+    entries = sum(weight.parameter.numel() for weight, _ in held)
+    return sum(weight.parameter.numel() * bits for weight, bits in held) / entries if entries else None
 
 
 def _layers(model: nn.Module, work: Work) -> tuple[LayerCounts, ...]:

@@ -6,7 +6,8 @@ scaled_dot_product_attention, in MultiheadAttention's fast path and in a matrix 
 formulas too, the fast path is off while counting, and what had work to do but no formula is listed, never guessed.
 
 Each product also knows whether an operand is made of weights alone (a parameter, a view of one, a mask times one): the
-share of its non-zeros is what BOPs are counted from. Products of activations count in full.
+share of its non-zeros, and the bits of the grids that weight and input lie on, are what BOPs are counted from. Products of
+activations count in full.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ import contextlib
 import dataclasses
 import sys
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from math import prod
 from typing import Any, cast
 
@@ -26,6 +27,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
+from featherweight.measure.bits import Products
 from featherweight.measure.copies import higher_order, run_once
 
 __all__ = ["Work", "count_work"]
@@ -42,9 +44,9 @@ class Work:
     uncounted: Counter[str] = dataclasses.field(default_factory=Counter)
 
 
-def count_work(model: nn.Module, example_inputs: tuple[Any, ...]) -> Work:
+def count_work(model: nn.Module, example_inputs: tuple[Any, ...], formats: Mapping[str, str] | None = None) -> Work:
     """Runs the model once and counts. Give an `eval_copy`: hooks stay on it, and a forward may change it."""
-    counter = _Counter(model)
+    counter = _Counter(model, formats)
     _keep_stack(model, counter.stack)
     with _plain_kernels(), counter:
         run_once(model, example_inputs)
@@ -79,9 +81,10 @@ class _Counter(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     supports_higher_order_operators = True
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, formats: Mapping[str, str] | None) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.work = Work()
+        self._bits = Products(model, formats)
         self.stack = [""]
         # Storages whose values come of weights alone (True) or of nothing at all, as torch.zeros does (False). Each is
         # kept alive, or its address could be taken by an activation. Whatever is not in here depends on an input.
@@ -112,10 +115,13 @@ class _Counter(TorchDispatchMode):  # type: ignore[no-untyped-call]
         return out
 
     def _credit(self, macs: int, operands: tuple[Tensor, ...]) -> None:
-        shares = [self._nonzero_share(t) for t in operands if self._origin(t)]
-        bits = 8 * operands[0].element_size()
-        self.work.macs[self.stack[-1]] += macs
-        self.work.bops[self.stack[-1]] += round(bits * macs * min(shares, default=1.0))
+        layer = self.stack[-1]
+        own = [t for t in operands if self._origin(t)]
+        share = min((self._nonzero_share(t) for t in own), default=1.0)
+        bits = min(self._bits.weight(t) for t in own or operands)
+        read = min((self._bits.input(layer, t) for t in own), default=32)
+        self.work.macs[layer] += macs
+        self.work.bops[layer] += round(bits * macs * share * min(read, 32) / 32)
 
     def _nonzero_share(self, tensor: Tensor) -> float:
         key = (_address(tensor), tensor.storage_offset(), tensor.shape, tensor.stride())

@@ -13,7 +13,7 @@ from typing import Any
 
 from featherweight.measure.latency import Comparison, Latency
 
-__all__ = ["Scorecard", "gains"]
+__all__ = ["Scorecard", "gains", "spoken"]
 
 # As their makers write them, and all of them multiply by zeros.
 _STOCK_RUNTIMES = {"torch": "PyTorch", "onnxruntime": "ONNX Runtime", "openvino": "OpenVINO"}
@@ -23,7 +23,8 @@ _STOCK_RUNTIMES = {"torch": "PyTorch", "onnxruntime": "ONNX Runtime", "openvino"
 class Scorecard:
     """What was measured of one model; it knows nothing of how the model came about. None: not measured.
 
-    Counts are those of `count`. `packed_bytes` is the packed file's size, `gzip_bytes` the size of the dense weights
+    Counts are those of `count`; `bits` is how many each number of a weight takes, on average, and `input_bits` how many
+    the grids on inputs of layers have, None where there are none. `packed_bytes` is the packed file's size, `gzip_bytes` the size of the dense weights
     through gzip, for comparison. `latency` is by runtime; `metric` the user's own figure on `samples` examples.
 
     >>> card = Scorecard(10, 5, 100, 1600, 40)
@@ -43,6 +44,8 @@ class Scorecard:
     metric: float | None = None
     metric_name: str = "metric"
     samples: int | None = None
+    bits: float | None = None
+    input_bits: int | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-able; the metric to six significant digits, latencies as `Latency.to_dict` has them."""
@@ -53,6 +56,11 @@ class Scorecard:
             "metric": metric,
             "latency": {name: latency.to_dict() for name, latency in self.latency.items()},
         }
+
+    @property
+    def simulated(self) -> bool:
+        """Whether PyTorch only simulates what a runtime computes in integers, which costs it time and saves none."""
+        return self.input_bits is not None
 
     @staticmethod
     def from_dict(data: Mapping[str, Any]) -> Scorecard:
@@ -72,9 +80,9 @@ def gains(before: Scorecard, after: Scorecard, comparisons: Mapping[str, Compari
     '90 % zeros: 8.0x smaller on disk, no faster in ONNX Runtime, which does not skip zeros'
     """
     sparser = _sparsity(after) > _sparsity(before)
-    told = [_disk(before, after), *_speeds(comparisons, sparser and after.macs >= before.macs)]
+    told = [_disk(before, after), *_speeds(comparisons, sparser and after.macs >= before.macs, after.simulated)]
     headline = f"{_cause(before, after)}: {', '.join(filter(None, told)) or 'nothing else was measured'}"
-    details = [f"{_STOCK_RUNTIMES.get(name, name)}: {comparison.words}" for name, comparison in comparisons.items()]
+    details = [f"{spoken(name, after.simulated)}: {comparison.words}" for name, comparison in comparisons.items()]
     return [headline, *details, *_work(before, after, sparser), *_gzip(after), *_metric(before, after)]
 
 
@@ -88,6 +96,9 @@ def _cause(before: Scorecard, after: Scorecard) -> str:
         causes.append(_times(before.parameters, after.parameters, "fewer", "more") + " parameters")
     if _sparsity(after) > _sparsity(before):
         causes.append(f"{_percent(_sparsity(after))} zeros")
+    if after.bits is not None and after.bits < 0.99 * (before.bits or 32):
+        inputs = f" and {after.input_bits}-bit inputs" if after.input_bits is not None else ""
+        causes.append(f"{after.bits:.2g}-bit weights{inputs}")
     return " and ".join(causes) or "The same parameters"
 
 
@@ -100,15 +111,25 @@ def _disk(before: Scorecard, after: Scorecard) -> str:
     return f"{before.dense_bytes / after.packed_bytes:.1f}x smaller on disk"
 
 
-def _speeds(comparisons: Mapping[str, Comparison], zeros_alone: bool) -> list[str]:
+def spoken(runtime: str, simulated: bool = False) -> str:
+    """A runtime as people call it, and what is no fair clock of it: integers that it only simulates.
+
+    >>> spoken("onnxruntime"), spoken("torch", simulated=True)
+    ('ONNX Runtime', 'PyTorch (which only simulates integers)')
+    """
+    name = _STOCK_RUNTIMES.get(runtime, runtime)
+    return f"{name} (which only simulates integers)" if simulated and runtime == "torch" else name
+
+
+def _speeds(comparisons: Mapping[str, Comparison], zeros_alone: bool, simulated: bool) -> list[str]:
     """Runtimes of one verdict are told together."""
-    told = [f"{c.ratio:.1f}x faster in {_STOCK_RUNTIMES.get(n, n)}" for n, c in comparisons.items() if c.faster]
+    told = [f"{c.ratio:.1f}x faster in {spoken(n, simulated)}" for n, c in comparisons.items() if c.faster]
     told += [
-        f"{1 / c.ratio:.1f}x slower in {_STOCK_RUNTIMES.get(n, n)}" for n, c in comparisons.items() if c.faster is False
+        f"{1 / c.ratio:.1f}x slower in {spoken(n, simulated)}" for n, c in comparisons.items() if c.faster is False
     ]
     same = [name for name, comparison in comparisons.items() if comparison.faster is None]
     if same:
-        names = _and([_STOCK_RUNTIMES.get(name, name) for name in same])
+        names = _and([spoken(name, simulated) for name in same])
         blind = zeros_alone and all(name in _STOCK_RUNTIMES for name in same)
         reason = f", which {'does' if len(same) == 1 else 'do'} not skip zeros" if blind else ""
         told.append(f"no faster in {names}{reason}")
@@ -122,9 +143,10 @@ def _work(before: Scorecard, after: Scorecard, sparser: bool) -> list[str]:
     elif sparser:
         lines.append(f"MACs: {after.macs:,} as before, since a zero is multiplied like any number")
     if after.bops < before.bops:
-        lines.append(
-            f"BOPs: {_times(before.bops, after.bops, 'fewer', 'more')}, a proxy that no stock runtime turns into time"
-        )
+        proxy = "a proxy that no stock runtime turns into time"
+        if after.simulated:
+            proxy = "a proxy: runtimes turn integers into time, and zeros not"
+        lines.append(f"BOPs: {_times(before.bops, after.bops, 'fewer', 'more')}, {proxy}")
     if before.peak_memory_bytes and after.peak_memory_bytes:
         kept = after.peak_memory_bytes / before.peak_memory_bytes
         change = "the same" if abs(kept - 1) < 0.01 else _times(1.0, kept, "less", "more")

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from featherweight.measure import spoken
 from featherweight.report import words
 
 __all__ = [
@@ -46,6 +47,8 @@ Row = Mapping[str, Any]
 SIZES = (("dense", "dense_bytes"), ("packed", "packed_bytes"), ("gzip of dense", "gzip_bytes"))
 MEASURES: tuple[tuple[str, str, Callable[[Any], str]], ...] = (
     ("parameters", "parameters", words.count),
+    ("bits of a weight", "bits", words.bits),
+    ("bits of layers' inputs", "input_bits", words.bits),
     *((label, key, words.size) for label, key in SIZES),
     ("MACs", "macs", words.count),
     ("BOPs", "bops", words.count),
@@ -167,11 +170,6 @@ def stages(report: Row) -> Table:
     rows.append(("time taken", *(words.seconds(stage.get("seconds")) for _, _, stage in cards)))
     shown = tuple(row for row in rows if any(cell != words.MISSING for cell in row[1:]))
     return Table(("", *(name for name, _, _ in cards)), shown)
-
-
-def spoken(runtime: str) -> str:
-    """A runtime as people call it."""
-    return {"torch": "PyTorch", "onnxruntime": "ONNX Runtime", "openvino": "OpenVINO"}.get(runtime, runtime)
 
 
 def median(card: Row, runtime: str) -> str:

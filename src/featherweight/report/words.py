@@ -86,6 +86,16 @@ def count(value: Any) -> str:
     return f"{found:,.0f}" if abs(found) < 1e6 else _scaled(found, ("", "k", "M", "G", "T", "P"))
 
 
+def bits(value: Any) -> str:
+    """Bits of one number, on average.
+
+    >>> bits(8.0), bits(5.278), bits(None)
+    ('8', '5.28', '–')
+    """
+    found = number(value)
+    return _otherwise(value) if found is None else f"{found:.3g}"
+
+
 def size(value: Any) -> str:
     """Bytes in decimal units.
 
