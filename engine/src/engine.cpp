@@ -1,7 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "engine.hpp"
 
+#include <algorithm>
 #include <chrono>
+#include <cstring>
 
 #include "fuse.hpp"
 
@@ -12,12 +14,16 @@ namespace {
 constexpr std::size_t kept_plans = 8;
 constexpr std::size_t kept_arenas = 4;
 
+std::size_t bytes_of(const Input& input) { return static_cast<std::size_t>(count(input.dims)) * size_of(input.type); }
+
 double now() { return std::chrono::duration<double>(std::chrono::steady_clock::now().time_since_epoch()).count(); }
 
 }  // namespace
 
 Engine::Engine(Graph graph, const Options& options)
     : graph_(fused(std::move(graph))), kernels_(kernels(options.instruction_set.c_str())), pool_(options.threads) {
+    for (int input : graph_.inputs)
+        known_.push_back(std::find(options.known.begin(), options.known.end(), graph_.values[input].name) != options.known.end());
     if (options.threads < 1) throw Error("threads must be at least 1, not " + std::to_string(options.threads));
 }
 
@@ -46,9 +52,15 @@ std::shared_ptr<Engine::Ready> Engine::ready(const std::vector<Input>& inputs) {
     check(inputs);
     std::vector<Dims> dims;
     for (const Input& input : inputs) dims.push_back(input.dims);
+    const auto same = [&](const Ready& other) {
+        if (other.dims != dims) return false;
+        for (std::size_t i = 0; i < inputs.size(); ++i)
+            if (other.known[i] && other.known[i]->size() > 0 && std::memcmp(other.known[i]->bytes(), inputs[i].data, bytes_of(inputs[i])) != 0) return false;
+        return true;
+    };
     std::lock_guard<std::mutex> lock(mutex_);
     for (auto it = plans_.begin(); it != plans_.end(); ++it)
-        if ((*it)->dims == dims) {
+        if (same(**it)) {
             plans_.splice(plans_.begin(), plans_, it);
             return plans_.front();
         }
@@ -56,7 +68,13 @@ std::shared_ptr<Engine::Ready> Engine::ready(const std::vector<Input>& inputs) {
     for (const Input& input : inputs) facts.push_back({input.type, input.dims, row_major(input.dims), 0, -1, false});
     auto made = std::make_shared<Ready>();
     made->dims = dims;
-    made->plan = make_plan(graph_, facts, kernels_, pool_, prepared_);
+    made->known.resize(inputs.size());
+    for (std::size_t i = 0; i < inputs.size(); ++i) {
+        if (!known_[i]) continue;
+        made->known[i] = Tensor(inputs[i].type, inputs[i].dims);
+        if (const std::size_t bytes = bytes_of(inputs[i])) std::memcpy(made->known[i]->bytes(), inputs[i].data, bytes);
+    }
+    made->plan = make_plan(graph_, facts, made->known, kernels_, pool_, prepared_);
     plans_.push_front(made);
     if (plans_.size() > kept_plans) plans_.pop_back();
     return made;
@@ -87,6 +105,7 @@ std::vector<Tensor> Engine::run(const std::vector<Input>& inputs, std::vector<Sp
     Frame frame(bases, pool_, kernels_);
     for (std::size_t i = 0; i < inputs.size(); ++i) {
         const Fact& fact = plan.inputs[i];
+        if (fact.constant) continue;
         copy(pool_, fact, static_cast<const std::byte*>(inputs[i].data), fact, frame.bytes(fact));
     }
     for (const Step& step : plan.steps) {

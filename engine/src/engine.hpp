@@ -5,6 +5,7 @@
 #include <list>
 #include <memory>
 #include <mutex>
+#include <optional>
 #include <string>
 #include <vector>
 
@@ -18,6 +19,9 @@ namespace featherweight {
 struct Options {
     int threads = 1;
     std::string instruction_set;  // "" chooses the best
+    // Inputs whose elements a plan is made for, as if they were constants: a shape that another part of a model computes.
+    // They should be few and small, and follow from the other inputs' shapes, since each value of them is a plan.
+    std::vector<std::string> known;
 };
 
 struct Input {
@@ -53,6 +57,7 @@ public:
 private:
     struct Ready {
         std::vector<Dims> dims;
+        std::vector<std::optional<Tensor>> known;
         Plan plan;
         std::mutex mutex;
         std::vector<Memory> arenas;  // that no run is using
@@ -62,6 +67,7 @@ private:
     void check(const std::vector<Input>& inputs) const;
 
     Graph graph_;
+    std::vector<bool> known_;  // by input
     const Kernels& kernels_;
     Pool pool_;
     Prepared prepared_;

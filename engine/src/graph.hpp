@@ -67,6 +67,8 @@ struct Graph {
     std::vector<int> outputs;
     std::int64_t opset = 0;    // of ONNX's own domain
     std::string name;
+
+    std::vector<std::string> made_by(const Node& node) const;  // the names of its outputs
 };
 
 // Reads a ModelProto. Tensors with external data are looked up in `folder` (a plain file name below it, never a path out

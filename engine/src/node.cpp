@@ -38,4 +38,11 @@ std::string Node::describe() const {
     return (domain.empty() ? op : domain + "." + op) + " '" + (name.empty() ? "without a name" : name) + "'";
 }
 
+std::vector<std::string> Graph::made_by(const Node& node) const {
+    std::vector<std::string> names;
+    for (const int output : node.outputs)
+        if (output >= 0) names.push_back(values[output].name);
+    return names;
+}
+
 }  // namespace featherweight

@@ -328,7 +328,8 @@ struct Reader {
                 if (origin.sparse) throw Unsupported("it is stored as a sparse tensor");
                 hold(static_cast<int>(value), storage.tensor(origin.tensor));
             } catch (const Unsupported& refusal) {
-                throw Unsupported(who + ": " + refusal.what(), reader[value]);
+                const int node = reader[value];
+                throw Unsupported(who + ": " + refusal.what(), node, node < 0 ? std::vector<std::string>() : graph.made_by(graph.nodes[node]));
             } catch (const Error& error) {
                 throw Error(what + ": " + error.what());
             }
@@ -414,7 +415,7 @@ Graph read_onnx_file(const std::string& path) {
         const std::string folder = slash == std::string::npos ? "." : path.substr(0, slash + 1);
         return read_model(mapping.bytes(), folder, [&](Bytes part) { mapping.drop(part); });
     } catch (const Unsupported& refusal) {
-        throw Unsupported("'" + path + "': " + refusal.what(), refusal.node);
+        throw Unsupported("'" + path + "': " + refusal.what(), refusal.node, refusal.makes);
     } catch (const Error& error) {
         const std::string text = error.what();
         throw Error(text.rfind("'" + path + "'", 0) == 0 ? text : "'" + path + "': " + text);

@@ -13,7 +13,9 @@ struct Planner::State {
     Prepared& prepared;
     Plan plan;
     std::vector<std::optional<Fact>> facts;  // by value
+    std::vector<bool> fixed;                 // by value: it follows from the file alone, whatever the inputs
     int node = -1;
+    Prepared own{};  // of this plan alone
 
     Fact& known(int value) {
         std::optional<Fact>& fact = facts[value];
@@ -78,7 +80,11 @@ int Planner::index() const { return state_.node; }
 const Kernels& Planner::kernels() const { return state_.kernels; }
 Pool& Planner::pool() const { return state_.pool; }
 int Planner::threads() const { return state_.pool.threads(); }
-Prepared& Planner::store() const { return state_.prepared; }
+Prepared& Planner::store() const {
+    for (int input : node().inputs)
+        if (input >= 0 && state_.known(input).constant && !state_.fixed[input]) return state_.own;
+    return state_.prepared;
+}
 Fact Planner::fact(int value) const { return state_.known(value); }
 
 int Planner::inputs() const {
@@ -209,9 +215,18 @@ std::size_t place(std::vector<Buffer>& buffers) {
 
 }  // namespace
 
-Plan make_plan(const Graph& graph, const std::vector<Fact>& inputs, const Kernels& kernels, Pool& pool, Prepared& prepared) {
-    Planner::State state{graph, kernels, pool, prepared, {}, std::vector<std::optional<Fact>>(graph.values.size()), -1};
+Plan make_plan(const Graph& graph, const std::vector<Fact>& inputs, const std::vector<std::optional<Tensor>>& known, const Kernels& kernels,
+               Pool& pool, Prepared& prepared) {
+    const std::size_t values = graph.values.size();
+    Planner::State state{graph, kernels, pool, prepared, {}, std::vector<std::optional<Fact>>(values), std::vector<bool>(values)};
+    for (std::size_t i = 0; i < values; ++i) state.fixed[i] = graph.values[i].constant.has_value();
     for (std::size_t i = 0; i < graph.inputs.size(); ++i) {
+        if (i < known.size() && known[i]) {
+            const Fact fact = state.held(*known[i]);
+            state.facts[graph.inputs[i]] = fact;
+            state.plan.inputs.push_back(fact);
+            continue;
+        }
         const Fact fact = state.room(inputs[i].type, inputs[i].dims);
         state.plan.buffers[fact.buffer].first = state.plan.buffers[fact.buffer].last = 0;
         state.facts[graph.inputs[i]] = fact;
@@ -225,18 +240,25 @@ Plan make_plan(const Graph& graph, const std::vector<Fact>& inputs, const Kernel
         try {
             const Rule* rule = find_rule(node.domain, node.op);
             if (rule == nullptr) throw Unsupported("there is no such op in the engine");
-            bool constant = node.finish.residual < 0 || state.known(node.finish.residual).constant;
-            for (int input : node.inputs) constant = constant && (input < 0 || state.known(input).constant);
+            const int added = node.finish.residual;
+            bool constant = added < 0 || state.known(added).constant, fixed = added < 0 || state.fixed[added];
+            for (int input : node.inputs) {
+                constant = constant && (input < 0 || state.known(input).constant);
+                fixed = fixed && (input < 0 || state.fixed[input]);
+            }
             (*rule)(planner);
-            for (int output : node.outputs)
-                if (output >= 0 && !state.facts[output]) throw Unsupported("it does not give output '" + graph.values[output].name + "'");
+            for (int output : node.outputs) {
+                if (output < 0) continue;
+                if (!state.facts[output]) throw Unsupported("it does not give output '" + graph.values[output].name + "'");
+                state.fixed[output] = fixed;
+            }
             if (constant) {
                 state.evaluate(begin);
                 for (int output : node.outputs)
                     if (output >= 0) state.facts[output]->constant = true;
             }
         } catch (const Unsupported& refusal) {
-            throw Unsupported(node.describe() + ": " + refusal.what(), static_cast<int>(i));
+            throw Unsupported(node.describe() + ": " + refusal.what(), static_cast<int>(i), graph.made_by(node));
         } catch (const Error& error) {
             throw Error(node.describe() + ": " + error.what());
         }

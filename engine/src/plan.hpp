@@ -70,7 +70,8 @@ struct Plan {
     std::size_t arena_bytes = 0;
 };
 
-// What outlives a plan and is shared by all plans of one model: packed weights, by node and tag.
+// What outlives a plan and is shared by all plans of one model: packed weights, by node and tag. What depends on more than
+// the file (weights that are sliced as an input's shape says) is a plan's own.
 class Prepared {
 public:
     template <class T, class Make> std::shared_ptr<const T> get(int node, const std::string& tag, Make make) {
@@ -138,8 +139,10 @@ private:
     State& state_;
 };
 
-// Throws Unsupported with its node, or Error. `inputs` has type and dims of each graph input.
-Plan make_plan(const Graph& graph, const std::vector<Fact>& inputs, const Kernels& kernels, Pool& pool, Prepared& prepared);
+// Throws Unsupported with its node, or Error. `inputs` has type and dims of each graph input, and `known` the elements of
+// those that the plan is made for: they are constants in it.
+Plan make_plan(const Graph& graph, const std::vector<Fact>& inputs, const std::vector<std::optional<Tensor>>& known, const Kernels& kernels,
+               Pool& pool, Prepared& prepared);
 
 // Copies elements from one view to another of equal type and dims, in parallel, by blocks where axes change places.
 void copy(Pool& pool, const Fact& from, const std::byte* source, const Fact& to, std::byte* target);

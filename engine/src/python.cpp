@@ -13,6 +13,7 @@ using namespace featherweight;
 
 namespace {
 
+using Names = std::vector<std::string>;
 using Array = nb::ndarray<nb::ro, nb::device::cpu, nb::c_contig>;
 
 Type type_from(nb::dlpack::dtype dtype, const std::string& name) {
@@ -103,25 +104,46 @@ NB_MODULE(_core, m) {
     m.doc() = "The sparse engine's core.";
     nb::exception<Error> error(m, "Error", PyExc_ValueError);
     nb::exception<Unsupported> unsupported(m, "Unsupported", error.ptr());
+    unsupported.attr("makes") = nb::make_tuple();  // the names of the values that the refused node makes
+    // Asked before the translators above, which know no attributes.
+    nb::register_exception_translator(
+        [](const std::exception_ptr& thrown, void* type) {
+            try {
+                std::rethrow_exception(thrown);
+            } catch (const Unsupported& refusal) {
+                nb::object made = nb::handle(static_cast<PyObject*>(type))(refusal.what());
+                made.attr("makes") = nb::tuple(nb::cast(refusal.makes));
+                PyErr_SetObject(static_cast<PyObject*>(type), made.ptr());
+            }
+        },
+        unsupported.ptr());
     m.def("instruction_sets", &instruction_sets, "Those that this build has and this processor runs, the best first.");
     m.def("op_names", &op_names, "The ONNX ops that the engine has a rule for.");
 
     nb::class_<Engine>(m, "Engine", "A model that is ready to run: `Engine(model, threads=1)`, `model` being a ModelProto's bytes, or a file's path.")
         .def("__init__",
-             [](Engine* self, nb::bytes model, int threads, const std::string& instruction_set, const std::string& folder) {
+             [](Engine* self, nb::bytes model, int threads, const std::string& instruction_set, const std::string& folder, const Names& known) {
                  nb::gil_scoped_release free;
                  Graph graph = read_onnx(static_cast<const std::byte*>(static_cast<const void*>(model.c_str())), model.size(), folder);
-                 new (self) Engine(std::move(graph), Options{threads, instruction_set});
+                 new (self) Engine(std::move(graph), Options{threads, instruction_set, known});
              },
-             nb::arg("model"), nb::arg("threads") = 1, nb::arg("instruction_set") = "", nb::arg("folder") = "")
+             nb::arg("model"), nb::arg("threads") = 1, nb::arg("instruction_set") = "", nb::arg("folder") = "", nb::arg("known") = Names())
         .def("__init__",
-             [](Engine* self, const std::filesystem::path& model, int threads, const std::string& instruction_set) {
+             [](Engine* self, const std::filesystem::path& model, int threads, const std::string& instruction_set, const Names& known) {
                  nb::gil_scoped_release free;
-                 new (self) Engine(read_onnx_file(model.string()), Options{threads, instruction_set});
+                 new (self) Engine(read_onnx_file(model.string()), Options{threads, instruction_set, known});
              },
-             nb::arg("model"), nb::arg("threads") = 1, nb::arg("instruction_set") = "")
+             nb::arg("model"), nb::arg("threads") = 1, nb::arg("instruction_set") = "", nb::arg("known") = Names())
         .def_prop_ro("inputs", [](const Engine& self) { return values_of(self.graph(), self.graph().inputs); })
         .def_prop_ro("outputs", [](const Engine& self) { return values_of(self.graph(), self.graph().outputs); })
+        .def_prop_ro("nodes",
+                     [](const Engine& self) {
+                         nb::list made;
+                         for (const Node& node : self.graph().nodes)
+                             made.append(nb::make_tuple(node.domain, node.op, node.name, nb::tuple(nb::cast(self.graph().made_by(node)))));
+                         return made;
+                     },
+                     "(domain, op, name, names of the outputs) of each node that is left after fusing, in the order of running.")
         .def_prop_ro("instruction_set", [](const Engine& self) { return std::string(self.instruction_set()); })
         .def_prop_ro("threads", &Engine::threads)
         .def("run",
