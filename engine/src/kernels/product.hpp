@@ -75,11 +75,10 @@ struct ProductKernels {
     // One position: out[m] = finish(sum of values * x), x gathered by column.
     void (*vector)(const std::int32_t* start, const std::int32_t* columns, const float* values, int begin, int end, const float* x,
                    const Finisher& finisher);
-    // A plane of a depthwise convolution, padded already: out[y][x] = finish(sum of w[i] * in[offsets[i] + y * row + x]).
-    // `in` has phases of stride-x columns apart, so that x is contiguous.
-    void (*depthwise)(const float* in, const std::int32_t* offsets, const float* weights, int taps, int rows, int columns,
-                      std::ptrdiff_t row, float bias, Activation activation, float low, float high, const float* residual,
-                      bool residual_first, float* out);
+    // Lines of a depthwise convolution, padded already: sums[i] = bias + sum of w[t] * in[offsets[t] + i] for i in [0, size),
+    // finished by segments of it. `sums` has room for a register behind `size`.
+    void (*depthwise)(const float* in, const std::int32_t* offsets, const float* weights, int taps, int size, float bias, float* sums,
+                      const Finisher& finisher);
 };
 
 }  // namespace featherweight

@@ -239,43 +239,27 @@ static void vector(const std::int32_t* start, const std::int32_t* columns, const
 }
 
 template <int width>
-static inline void depthwise_piece(const float* in, const std::int32_t* offsets, const float* weights, int taps, float bias,
-                                   Vec (&sum)[width]) {
-#pragma GCC unroll 4
+static inline void depthwise_piece(const float* in, const std::int32_t* offsets, const float* weights, int taps, float bias, float* sums) {
+    Vec sum[width];
+#pragma GCC unroll 8
     for (int t = 0; t < width; ++t) sum[t] = splat(bias);
     for (int i = 0; i < taps; ++i) {
         const Vec weight = splat(weights[i]);
         const float* from = in + offsets[i];
-#pragma GCC unroll 4
+#pragma GCC unroll 8
         for (int t = 0; t < width; ++t) sum[t] += weight * load(from + t * lanes);
     }
+#pragma GCC unroll 8
+    for (int t = 0; t < width; ++t) store(sums + t * lanes, sum[t]);
 }
 
-static void depthwise(const float* in, const std::int32_t* offsets, const float* weights, int taps, int rows, int columns,
-                      std::ptrdiff_t row, float bias, Activation activation, float low, float high, const float* residual,
-                      bool residual_first, float* out) {
-    Finisher to{nullptr, activation, low, high, residual, residual_first, out, columns, nullptr, 1};
-    for (int y = 0; y < rows; ++y) {
-        int x = 0;
-        while (x < columns) {
-            const int left = columns - x;
-            if (left >= 4 * lanes) {
-                Vec sum[4];
-                depthwise_piece<4>(in + y * row + x, offsets, weights, taps, bias, sum);
-                const Segment segment{x, 0, 4 * lanes};
-                to.segments = &segment;
-                finish<4>(sum, to, y);
-                x += 4 * lanes;
-            } else {
-                Vec sum[1];
-                depthwise_piece<1>(in + y * row + x, offsets, weights, taps, bias, sum);
-                const Segment segment{x, 0, left < lanes ? left : lanes};
-                to.segments = &segment;
-                finish<1>(sum, to, y);
-                x += lanes;
-            }
-        }
-    }
+static void depthwise(const float* in, const std::int32_t* offsets, const float* weights, int taps, int size, float bias, float* sums,
+                      const Finisher& finisher) {
+    int i = 0;
+    for (; i + 8 * lanes <= size; i += 8 * lanes) depthwise_piece<8>(in + i, offsets, weights, taps, bias, sums + i);
+    for (; i + 4 * lanes <= size; i += 4 * lanes) depthwise_piece<4>(in + i, offsets, weights, taps, bias, sums + i);
+    for (; i < size; i += lanes) depthwise_piece<1>(in + i, offsets, weights, taps, bias, sums + i);
+    finish_segments(sums, finisher, 0);
 }
 
 static constexpr ProductKernels product_kernels{sparse, dense, dense_rows, pack_rows, pack, spread, vector, depthwise};

@@ -215,28 +215,39 @@ void add_depthwise(Planner& planner, const Geometry& g, int channels, int multip
     struct Chunk {
         Window window;
         std::vector<std::int32_t> offsets;
-        std::int64_t first, rows;
+        std::vector<Segment> segments;  // lines of the output, as they lie among the sums
+        std::int64_t first;
+        int calls, size;                // lines are summed one by one, or all at once with what lies between them
         std::ptrdiff_t row;
     };
     constexpr std::int64_t nearest = 4096;  // floats
     const std::int64_t row_cost = (g.space[2].in + 2 * g.space[2].pad) * g.space[1].stride;
     const std::int64_t rows = std::clamp<std::int64_t>(nearest / std::max<std::int64_t>(row_cost, 1), 1, height);
     auto chunks = std::make_shared<std::vector<Chunk>>();
-    std::size_t scratch = 0;
+    std::size_t window_room = 0, sums_room = 0;
     Geometry plane = g;
     plane.in = {0};
     plane.out = {0};
     const int lanes = planner.kernels().lanes;
     for (std::int64_t first = 0; first < height; first += rows) {
         Chunk chunk;
+        const std::int64_t count = std::min(rows, height - first);
         chunk.first = first;
-        chunk.rows = std::min(rows, height - first);
-        chunk.window = window_of(plane, {1, {{0, first * width, static_cast<int>(chunk.rows * width)}}}, true);
+        chunk.window = window_of(plane, {1, {{0, first * width, static_cast<int>(count * width)}}}, true);
         chunk.offsets.assign(chunk.window.shifts.begin(), chunk.window.shifts.end());
-        chunk.row = chunk.rows > 1 ? chunk.window.lines[1].from - chunk.window.lines[0].from : 0;
-        scratch = std::max(scratch, (chunk.window.size / lanes + 2) * lanes);
+        chunk.row = count > 1 ? chunk.window.lines[1].from - chunk.window.lines[0].from : width;
+        const std::int64_t all = (count - 1) * chunk.row + width;
+        const bool together = (all + lanes - 1) / lanes <= count * ((width + lanes - 1) / lanes);
+        chunk.calls = together ? 1 : static_cast<int>(count);
+        chunk.size = static_cast<int>(together ? all : width);
+        for (std::int64_t y = 0; y < (together ? count : 1); ++y)
+            chunk.segments.push_back({static_cast<std::ptrdiff_t>(y * width), static_cast<int>(y * chunk.row), static_cast<int>(width)});
+        // A register may be read behind the window's end, and written behind the sums'.
+        window_room = std::max(window_room, (chunk.window.size / lanes + 2) * lanes);
+        sums_room = std::max(sums_room, static_cast<std::size_t>(chunk.size / lanes + 2) * lanes);
         chunks->push_back(std::move(chunk));
     }
+    const std::size_t scratch = window_room + sums_room;
     places.scratch = planner.scratch(Type::f32, {planner.threads(), static_cast<std::int64_t>(scratch)});
     const Finisher finisher = finisher_of(planner.node().finish);
     const int planes = channels * multiplier, images = static_cast<int>(g.in.size());
@@ -260,12 +271,17 @@ void add_depthwise(Planner& planner, const Geometry& g, int channels, int multip
                     const std::ptrdiff_t to = image * image_out + plane_at * positions;
                     for (const Chunk& chunk : *chunks) {
                         frame.kernels.product.pack(chunk.window.stretches.data(), static_cast<int>(chunk.window.stretches.size()), from, window);
-                        const std::ptrdiff_t begin = to + chunk.first * width;
-                        frame.kernels.product.depthwise(window, chunk.offsets.data(), values + static_cast<std::ptrdiff_t>(plane_at) * taps, taps,
-                                                        static_cast<int>(chunk.rows), static_cast<int>(width), chunk.row,
-                                                        bound.bias != nullptr ? bound.bias[plane_at] : 0.0f, bound.activation, bound.low, bound.high,
-                                                        bound.residual != nullptr ? bound.residual + begin : nullptr, bound.residual_first,
-                                                        bound.out + begin);
+                        Finisher lines = bound;
+                        lines.segments = chunk.segments.data();
+                        lines.count = static_cast<int>(chunk.segments.size());
+                        for (int y = 0; y < chunk.calls; ++y) {
+                            const std::ptrdiff_t begin = to + (chunk.first + y) * width;
+                            lines.out = bound.out + begin;
+                            if (bound.residual != nullptr) lines.residual = bound.residual + begin;
+                            frame.kernels.product.depthwise(window + y * chunk.row, chunk.offsets.data(),
+                                                            values + static_cast<std::ptrdiff_t>(plane_at) * taps, taps, chunk.size,
+                                                            bound.bias != nullptr ? bound.bias[plane_at] : 0.0f, window + window_room, lines);
+                        }
                     }
                 }
             });
