@@ -13,7 +13,7 @@ import importlib
 import sys
 from collections.abc import Iterable, Iterator
 from types import ModuleType
-from typing import cast
+from typing import TypeGuard, cast
 
 __all__ = [
     "ArtefactError",
@@ -31,8 +31,10 @@ __all__ = [
     "RecipeError",
     "StageError",
     "VerifyError",
+    "check_strings",
     "check_whole",
     "check_word",
+    "is_number",
     "nearest",
     "require",
 ]
@@ -169,3 +171,20 @@ def check_whole(me: str, option: str, value: object, least: int = 0) -> None:
     """Raises `OptionError` for what is not a whole number from `least` on."""
     if not isinstance(value, int) or isinstance(value, bool) or value < least:
         raise OptionError(f"{me}: {option} must be a whole number from {least} on; got {value!r}.")
+
+
+def check_strings(me: str, option: str, value: object) -> tuple[str, ...]:
+    """A list of texts as a tuple. Raises `OptionError` for one text, which would be taken letter by letter."""
+    if isinstance(value, str) or not isinstance(value, Iterable):
+        found = None
+    else:
+        found = tuple(value)
+    if found is None or not all(isinstance(item, str) for item in found):
+        example = [value] if isinstance(value, str) else ["fc*"]
+        raise OptionError(f"{me}: {option} is a list of strings, {option}={example} say; got {value!r}.")
+    return found
+
+
+def is_number(value: object) -> TypeGuard[float]:
+    """Whether this is an int or a float; True and False are not."""
+    return isinstance(value, int | float) and not isinstance(value, bool)

@@ -272,7 +272,7 @@ def test_nothing_to_cluster_says_why() -> None:
         ({"rate": -0.1}, "rate"),
         ({"rate": float("nan")}, "rate"),
         ({"biases": 1}, "biases"),
-        ({"layers": "fc"}, "list of globs"),
+        ({"layers": "fc"}, r"layers is a list of strings, layers=\['fc'\] say"),
         ({"dense": ["last"]}, "dense"),
     ],
 )

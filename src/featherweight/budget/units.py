@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import contextlib
 
-from featherweight.errors import OptionError
+from featherweight.errors import OptionError, is_number
 from featherweight.sizes import parse_bytes, split_unit
 
 __all__ = ["allowed_drop", "limit_bytes"]
@@ -33,7 +33,7 @@ def allowed_drop(budget: str | float, reference: float) -> float:
     >>> allowed_drop("1 %", reference=0.9), allowed_drop(0.02, reference=0.9)
     (0.009000000000000001, 0.02)
     """
-    if isinstance(budget, int | float) and not isinstance(budget, bool) and budget >= 0:
+    if is_number(budget) and budget >= 0:
         return float(budget)
     number, unit = split_unit(budget)
     if unit == "%" and 0 <= number <= 100:

@@ -53,6 +53,13 @@ class Correction:
         """The held-out output error that the model is left with."""
         return self.after if self.kept else self.before
 
+    @property
+    def words(self) -> str:
+        """The same as a sentence, without a full stop."""
+        done = "kept" if self.kept else "not kept"
+        note = f" ({self.note})" if self.note else ""
+        return f"{self.name}: held-out output error {self.before:.4g} -> {self.after:.4g}, {done}{note}"
+
 
 def keep_if_better(
     name: str, attempt: Callable[[], Moved], tensors: Iterable[Tensor], error: Callable[[], float], before: float

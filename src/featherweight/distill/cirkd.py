@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from featherweight.distill import losses, terms
-from featherweight.distill.options import check_loss, is_number
+from featherweight.distill.options import check_loss, is_finite
 from featherweight.distill.queues import Queues
 from featherweight.distill.reading import Layers, labels_of
 from featherweight.errors import DataError, OptionError, check_whole
@@ -76,7 +76,7 @@ class CIRKD:
         for name in ("classes", *queues, "pixels_per_class", "pool"):
             check_whole("CIRKD", name, getattr(self, name), least=1)
         for name in ("batch", "pixel", "region"):
-            if not is_number(getattr(self, name)) or getattr(self, name) < 0:
+            if not is_finite(getattr(self, name)) or getattr(self, name) < 0:
                 raise OptionError(f"CIRKD: {name} is a weight, at least 0; got {getattr(self, name)!r}.")
         if self.labels is not None and not callable(self.labels):
             raise OptionError(f"CIRKD: labels is a function of the batch, or left out; got {self.labels!r}.")

@@ -18,10 +18,10 @@ from torch import Tensor, nn
 
 from featherweight.distill import losses, terms
 from featherweight.distill.reading import Layers
-from featherweight.errors import OptionError, check_word
+from featherweight.errors import OptionError, check_word, is_number
 from featherweight.task import describe
 
-__all__ = ["CWD", "KL", "Attention", "Features", "Loss", "check_loss", "is_number"]
+__all__ = ["CWD", "KL", "Attention", "Features", "Loss", "check_loss", "is_finite"]
 
 
 @runtime_checkable
@@ -173,8 +173,8 @@ class Attention:
         return terms.Matching(where, compare, student, free=(axis,))
 
 
-def is_number(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+def is_finite(value: object) -> bool:
+    return is_number(value) and math.isfinite(value)
 
 
 def check_loss(loss: Any, *positive: str) -> None:
@@ -182,7 +182,7 @@ def check_loss(loss: Any, *positive: str) -> None:
     me = type(loss).__name__
     for name in positive:
         value = getattr(loss, name)
-        if not is_number(value) or not value > 0:
+        if not is_finite(value) or not value > 0:
             raise OptionError(f"{me}: {name} must be a number above 0; got {value!r}.")
     layers = loss.layers
     if isinstance(layers, Mapping):

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from featherweight.errors import OptionError, check_whole, check_word
+from featherweight.errors import OptionError, check_whole, check_word, is_number
 from featherweight.layers import Selected
 from featherweight.prune.options import PruningOptions
 from featherweight.prune.pruner import Pruner
@@ -74,7 +74,7 @@ class GradualPruning(PruningOptions):
             self._check_initial(me, self.initial)
 
     def _check_initial(self, me: str, initial: object) -> None:
-        if isinstance(initial, bool) or not isinstance(initial, int | float) or not 0 <= initial < 1:
+        if not is_number(initial) or not 0 <= initial < 1:
             raise OptionError(f"{me}: initial must be at least 0 and below 1, or None; got {initial!r}.")
         if self.sparsity is None:
             final = 1 - self.parsed.n / self.parsed.m

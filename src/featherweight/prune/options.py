@@ -4,10 +4,10 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, TypeGuard
+from collections.abc import Mapping, Sequence
+from typing import TypeGuard
 
-from featherweight.errors import OptionError, check_whole, check_word
+from featherweight.errors import OptionError, check_strings, check_whole, check_word, is_number
 from featherweight.layers import RULES
 from featherweight.patterns import Pattern, parse_pattern
 from featherweight.prune.importance import IMPORTANCES, Importance
@@ -52,7 +52,7 @@ class PruningOptions:
     def __post_init__(self) -> None:
         me = type(self).__name__
         for name in ("layers", "keep", "dense"):
-            object.__setattr__(self, name, _strings(me, name, getattr(self, name)))
+            object.__setattr__(self, name, check_strings(me, name, getattr(self, name)))
         if not isinstance(self.pattern, str):
             raise OptionError(f"{me}: pattern is text, '2:4' say; got {self.pattern!r}.")
         parse_pattern(self.pattern)
@@ -72,15 +72,8 @@ class PruningOptions:
         return parse_pattern(self.pattern)
 
 
-def _strings(me: str, option: str, value: Any) -> tuple[str, ...]:
-    if isinstance(value, str) or not isinstance(value, Iterable) or not all(isinstance(item, str) for item in value):
-        example = '("output",)' if option == "dense" else '["fc*"]'
-        raise OptionError(f"{me}: {option} is a list of strings, {option}={example} say; got {value!r}.")
-    return tuple(value)
-
-
 def _is_share(value: object) -> TypeGuard[float]:
-    return isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value <= 1
+    return is_number(value) and 0 <= value <= 1
 
 
 def _check_sparsity(me: str, sparsity: object, pattern: Pattern) -> None:

@@ -16,8 +16,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from featherweight.errors import OptionError, check_whole, check_word
-from featherweight.quantize.cluster import globs
+from featherweight.errors import OptionError, check_strings, check_whole, check_word
 from featherweight.quantize.members import look
 from featherweight.quantize.tuning import Tuner
 
@@ -64,7 +63,7 @@ class TuneCentroids:
     def __post_init__(self) -> None:
         me = type(self).__name__
         for name in ("layers", "keep"):
-            object.__setattr__(self, name, globs(me, name, getattr(self, name)))
+            object.__setattr__(self, name, check_strings(me, name, getattr(self, name)))
         check_word(me, "share", self.share, ("layer", "model"))
         check_whole(me, "most", self.most, least=2)
         if self.most >= 1 << 15:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from featherweight.errors import OptionError, check_whole, check_word
+from featherweight.errors import OptionError, check_strings, check_whole, check_word, is_number
 from featherweight.layers import (
     RULES,
     Selected,
@@ -37,7 +37,7 @@ from featherweight.quantize.diagonals import hessian_diagonals
 from featherweight.solvers.kmeans import STARTS
 from featherweight.task import Stage, Task, batches
 
-__all__ = ["Cluster", "globs"]
+__all__ = ["Cluster"]
 
 _SHARES = ("layer", "model", "rows")
 _MOST = 1 << 16
@@ -100,7 +100,7 @@ class Cluster:
     def __post_init__(self) -> None:
         me = type(self).__name__
         for name in ("layers", "keep", "dense"):
-            object.__setattr__(self, name, globs(me, name, getattr(self, name)))
+            object.__setattr__(self, name, check_strings(me, name, getattr(self, name)))
         for rule in self.dense:
             check_word(me, "dense", rule, RULES)
         check_word(me, "start", self.start, STARTS)
@@ -114,7 +114,7 @@ class Cluster:
         self._check_numbers(me)
         if self.share != "rows" and self.rows != 1:
             raise OptionError(f"{me}: rows={self.rows} says how many outputs share numbers; give share='rows' too.")
-        if not isinstance(self.rate, int | float) or isinstance(self.rate, bool) or not 0 <= self.rate < math.inf:
+        if not is_number(self.rate) or not 0 <= self.rate < math.inf:
             raise OptionError(f"{me}: rate must be 0 or more, 0.01 say; got {self.rate!r}.")
 
     def _check_numbers(self, me: str) -> None:
@@ -263,13 +263,3 @@ def _line(weight: Weight, action: str, reason: str) -> Selected:
     values = weight.parameter.detach()
     zeros = 1 - int(values.count_nonzero()) / max(1, values.numel())
     return Selected(weight.name, weight.kind, tuple(values.shape), values.numel(), action, zeros, reason)
-
-
-def globs(me: str, option: str, value: object) -> tuple[str, ...]:
-    """A list of globs as a tuple. Raises `OptionError` for text, which would be taken letter by letter."""
-    if isinstance(value, str) or not isinstance(value, Iterable):
-        raise OptionError(f"{me}: {option} is a list of globs, {option}=['fc*'] say; got {value!r}.")
-    found = tuple(value)
-    if not all(isinstance(item, str) for item in found):
-        raise OptionError(f"{me}: {option} is a list of globs, {option}=['fc*'] say; got {value!r}.")
-    return found

@@ -14,10 +14,10 @@ from typing import Any
 
 from torch import nn
 
-from featherweight.correct import CORRECTIONS, Correction, correct, output_error
+from featherweight.correct import CORRECTIONS, correct, output_error
 from featherweight.edits.effective import reshape_in_place
 from featherweight.edits.undo import remember
-from featherweight.errors import OptionError, check_whole, check_word
+from featherweight.errors import OptionError, check_strings, check_whole, check_word, is_number
 from featherweight.grids import GridSpec
 from featherweight.layers import RULES, Calibration, Selected, Weight, draw, refuse_nothing, unwrap
 from featherweight.plan import Edit, Plan
@@ -96,7 +96,7 @@ class Quantize:
     def __post_init__(self) -> None:
         me = type(self).__name__
         for name in ("layers", "keep", "dense", "correct"):
-            object.__setattr__(self, name, _strings(me, name, getattr(self, name)))
+            object.__setattr__(self, name, check_strings(me, name, getattr(self, name)))
         for option, known in (("dense", RULES), ("correct", CORRECTIONS)):
             for word in getattr(self, option):
                 check_word(me, option, word, known)
@@ -130,13 +130,13 @@ class Quantize:
             raise OptionError(f"{me}: chunk says how many columns share a scale, per='tensor' that all do; give one.")
 
     def _check_shares(self, me: str) -> None:
-        if not _is_number(self.held_out) or not 0 <= self.held_out < 1:
+        if not is_number(self.held_out) or not 0 <= self.held_out < 1:
             raise OptionError(
                 f"{me}: held_out is the share of samples that only judge, 0 to below 1; got {self.held_out!r}."
             )
-        if not _is_number(self.percentile) or not 50 < self.percentile <= 100:
+        if not is_number(self.percentile) or not 50 < self.percentile <= 100:
             raise OptionError(f"{me}: percentile must be above 50 and at most 100; got {self.percentile!r}.")
-        if self.smooth is not None and (not _is_number(self.smooth) or not 0 <= self.smooth <= 1):
+        if self.smooth is not None and (not is_number(self.smooth) or not 0 <= self.smooth <= 1):
             raise OptionError(f"{me}: smooth is SmoothQuant's alpha, 0 to 1; got {self.smooth!r}. 0.5 suits most.")
 
     def spec(self, bits: int) -> GridSpec:
@@ -180,16 +180,6 @@ class Quantize:
         for note in data.notes:
             stage.report({"kind": "message", "text": note})
         return data
-
-
-def _strings(me: str, name: str, value: Sequence[str]) -> tuple[str, ...]:
-    if isinstance(value, str):
-        raise OptionError(f"{me}: {name} is a list of strings; got {value!r}. For one: {name}=[{value!r}].")
-    return tuple(value)
-
-
-def _is_number(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 class _Work:
@@ -354,15 +344,9 @@ class _Work:
             seed=self.stage.seed,
         )
         for one in found:
-            self.tell(_sentence(one))
+            self.tell(one.words)
 
 
 def _few(what: str, names: Sequence[str]) -> str:
     shown = ", ".join(name or "the model" for name in names[:5]) + (" ..." if len(names) > 5 else "")
     return f"{len(names)} layer{'s' * (len(names) > 1)} {what}: {shown}."
-
-
-def _sentence(one: Correction) -> str:
-    done = "kept" if one.kept else "not kept"
-    note = f" ({one.note})" if one.note else ""
-    return f"{one.name}: held-out output error {one.before:.4g} -> {one.after:.4g}, {done}{note}"

@@ -8,13 +8,13 @@ saves is bytes on disk, and time in a runtime that computes with integers.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import nn
 
-from featherweight.errors import OptionError, check_whole, check_word
+from featherweight.errors import OptionError, check_strings, check_whole, check_word, is_number
 from featherweight.layers import RULES, Selected, unwrap
 from featherweight.quantize.learned import STARTS
 from featherweight.quantize.quantizer import Quantizer
@@ -80,7 +80,7 @@ class QAT:
     def __post_init__(self) -> None:
         me = type(self).__name__
         for name in ("layers", "keep", "dense"):
-            object.__setattr__(self, name, _strings(me, name, getattr(self, name)))
+            object.__setattr__(self, name, check_strings(me, name, getattr(self, name)))
         if isinstance(self.bits, Mapping) and not self.bits:
             raise OptionError(f"{me}: bits is an empty mapping; give {{glob: bits}}, {{'*': 4, 'head': 8}} say.")
         for where, bits in self.bits.items() if isinstance(self.bits, Mapping) else [("", self.bits)]:
@@ -94,7 +94,7 @@ class QAT:
             check_word(me, "dense", rule, RULES)
         if self.freeze_norms is not None:
             check_whole(me, "freeze_norms", self.freeze_norms)
-        if isinstance(self.step_lr, bool) or not isinstance(self.step_lr, int | float) or not self.step_lr > 0:
+        if not is_number(self.step_lr) or not self.step_lr > 0:
             raise OptionError(f"{me}: step_lr is a factor above 0 of the optimizer's rate; got {self.step_lr!r}.")
 
     @property
@@ -135,9 +135,3 @@ class QAT:
 def _check_bits(me: str, option: str, bits: object) -> None:
     if type(bits) is not int or not 2 <= bits <= 8:
         raise OptionError(f"{me}: {option} must be a whole number from 2 to 8; got {bits!r}.")
-
-
-def _strings(me: str, option: str, value: Any) -> tuple[str, ...]:
-    if isinstance(value, str) or not isinstance(value, Iterable) or not all(isinstance(item, str) for item in value):
-        raise OptionError(f"{me}: {option} is a list of strings, {option}=[...]; got {value!r}.")
-    return tuple(value)

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from featherweight.edits import apply
-from featherweight.errors import NothingToCompress, NumericalError, OptionError, check_whole, check_word
+from featherweight.errors import NothingToCompress, NumericalError, OptionError, check_whole, check_word, is_number
 from featherweight.grids import GridSpec
 from featherweight.layers import Weight, draw, keep_by_name, names_of, select, to_matrix, unwrap, weights
 from featherweight.layers.calls import quiet
@@ -266,7 +266,7 @@ def mixed_bits(table: Sensitivity, budget: str | float) -> dict[str, int]:
 def _allowed(budget: str | float, lines: Sequence[Tried]) -> float:
     """Bits that weights may take, scales apart."""
     parameters = sum(line.parameters for line in lines)
-    if isinstance(budget, int | float) and not isinstance(budget, bool) and budget > 0:
+    if is_number(budget) and budget > 0:
         return float(budget) * parameters
     number, unit = split_unit(budget)
     size = parameters * 4 * number / 100 if unit == "%" else float(parse_bytes(str(budget), "mixed_bits: budget"))

@@ -6,13 +6,13 @@ from __future__ import annotations
 import copy
 import dataclasses
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import Any, TypeGuard
+from typing import Any
 
 import torch
 from torch import nn
 
-from featherweight.correct import CORRECTIONS, Correction, correct
-from featherweight.errors import NothingToCompress, OptionError, check_whole, check_word
+from featherweight.correct import CORRECTIONS, correct
+from featherweight.errors import NothingToCompress, OptionError, check_strings, check_whole, check_word, is_number
 from featherweight.grids import GridSpec
 from featherweight.layers import (
     RULES,
@@ -106,14 +106,14 @@ class Reconstruct:
     def __post_init__(self) -> None:
         me = type(self).__name__
         for name in ("layers", "keep", "dense", "correct"):
-            object.__setattr__(self, name, _strings(me, name, getattr(self, name)))
+            object.__setattr__(self, name, check_strings(me, name, getattr(self, name)))
         check_word(me, "targets", self.targets, TARGETS)
         for rule in self.dense:
             check_word(me, "dense", rule, RULES)
         for step in self.correct:
             check_word(me, "correct", step, CORRECTIONS)
         check_whole(me, "samples", self.samples, least=2)
-        if not _is_number(self.held_out) or not 0 <= self.held_out < 1:
+        if not is_number(self.held_out) or not 0 <= self.held_out < 1:
             raise OptionError(
                 f"{me}: held_out is the share of samples that only judge, 0 to below 1; got {self.held_out!r}."
             )
@@ -135,7 +135,7 @@ class Reconstruct:
             raise OptionError(f"{me}: sparsity is an empty mapping; give {{glob: share}}, {{'conv*': 0.5}} say.")
         for where, share in shares:
             name = f"sparsity of {where!r}" if where else "sparsity"
-            if share is not None and (not _is_number(share) or not 0 <= share < 1):
+            if share is not None and (not is_number(share) or not 0 <= share < 1):
                 raise OptionError(f"{me}: {name} must be at least 0 and below 1; got {share!r}. 0.9 leaves a tenth.")
             if share is not None and pattern.kind == "n:m":
                 raise OptionError(
@@ -241,7 +241,7 @@ class Reconstruct:
             model, reference, data.fit, data.held_out, task.forward, self.correct, frozen=on_grid, seed=stage.seed
         )
         for one in found:
-            stage.report({"kind": "message", "text": _sentence(one)})
+            stage.report({"kind": "message", "text": one.words})
 
     def _choose(
         self, model: nn.Module, example_inputs: tuple[Any, ...] | None
@@ -362,19 +362,3 @@ def _short_groups(pattern: Pattern, chosen: Iterable[Problem]) -> Iterator[str]:
         )
     if len(odd) > 5:
         yield f"... and {len(odd) - 5} more layers like these."
-
-
-def _sentence(one: Correction) -> str:
-    done = "kept" if one.kept else "not kept"
-    note = f" ({one.note})" if one.note else ""
-    return f"{one.name}: held-out output error {one.before:.4g} -> {one.after:.4g}, {done}{note}"
-
-
-def _strings(me: str, option: str, value: Any) -> tuple[str, ...]:
-    if isinstance(value, str) or not isinstance(value, Iterable) or not all(isinstance(item, str) for item in value):
-        raise OptionError(f"{me}: {option} is a list of strings, {option}=[...]; got {value!r}.")
-    return tuple(value)
-
-
-def _is_number(value: object) -> TypeGuard[float]:
-    return isinstance(value, int | float) and not isinstance(value, bool)

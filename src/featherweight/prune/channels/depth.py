@@ -17,12 +17,11 @@ from torch import Tensor, nn
 
 from featherweight.correct import output_error
 from featherweight.edits import apply
-from featherweight.errors import EditError, NothingToCompress, NumericalError, check_whole, check_word
+from featherweight.errors import EditError, NothingToCompress, NumericalError, check_strings, check_whole, check_word
 from featherweight.layers import Selected, matches, select, unwrap
 from featherweight.layers.calls import quiet
 from featherweight.measure import eval_copy
 from featherweight.plan import Plan, Swap
-from featherweight.prune.options import _strings
 from featherweight.task import Stage, Task, batches
 
 __all__ = ["DropBlocks", "block_influence", "blocks"]
@@ -65,7 +64,7 @@ class DropBlocks:
         check_whole(me, "batches", self.batches, least=1)
         check_word(me, "importance", self.importance, ("influence", "error"))
         for name in ("layers", "keep"):
-            object.__setattr__(self, name, _strings(me, name, getattr(self, name)))
+            object.__setattr__(self, name, check_strings(me, name, getattr(self, name)))
 
     def __call__(self, model: nn.Module, task: Task, stage: Stage) -> Plan:
         model = unwrap(model)

@@ -17,7 +17,7 @@ from featherweight.correct import Correction, Moved, keep_if_better, output_erro
 from featherweight.correct.batch_norm import running_statistics, tracked_norms
 from featherweight.correct.surroundings import state_tensors, undone_on_error
 from featherweight.edits import cut
-from featherweight.errors import DataError, NumericalError, OptionError, check_whole
+from featherweight.errors import DataError, NumericalError, OptionError, check_whole, is_number
 from featherweight.graph import Group, Trace, trace
 from featherweight.layers import existing_zeros, unwrap
 from featherweight.plan import Plan
@@ -67,7 +67,7 @@ class PruneChannels(ChannelOptions):
         me = type(self).__name__
         check_whole(me, "rounds", self.rounds, least=1)
         check_whole(me, "batches", self.batches, least=1)
-        if isinstance(self.held_out, bool) or not isinstance(self.held_out, int | float) or not 0 < self.held_out < 1:
+        if not is_number(self.held_out) or not 0 < self.held_out < 1:
             raise OptionError(f"{me}: held_out is a share between 0 and 1; got {self.held_out!r}.")
 
     def __call__(self, model: nn.Module, task: Task, stage: Stage) -> Plan:

@@ -6,12 +6,11 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping, Sequence
 
-from featherweight.errors import OptionError, check_whole, check_word
+from featherweight.errors import OptionError, check_strings, check_whole, check_word, is_number
 from featherweight.prune.channels.choose import RANKINGS
 from featherweight.prune.channels.gates import PLACES
 from featherweight.prune.channels.importance import IMPORTANCES, Importance
 from featherweight.prune.channels.targets import check_until
-from featherweight.prune.options import _strings
 
 __all__ = ["ChannelOptions"]
 
@@ -61,7 +60,7 @@ class ChannelOptions:
         me = type(self).__name__
         object.__setattr__(self, "until", check_until(me, self.until))
         for name in ("layers", "keep", "freeze"):
-            object.__setattr__(self, name, _strings(me, name, getattr(self, name)))
+            object.__setattr__(self, name, check_strings(me, name, getattr(self, name)))
         if not callable(self.importance):
             check_word(me, "importance", self.importance, IMPORTANCES)
         check_word(me, "per", self.per, PER)
@@ -74,7 +73,7 @@ class ChannelOptions:
         check_whole(me, "seed", self.seed)
         for where, least in self.least.items() if isinstance(self.least, Mapping) else [("", self.least)]:
             name = f"least of {where!r}" if where else "least"
-            if isinstance(least, bool) or not isinstance(least, int | float) or least < 0:
+            if not is_number(least) or least < 0:
                 raise OptionError(f"{me}: {name} is a count (16) or a share below 1 (0.25) that stays; got {least!r}.")
             if least >= 1 and least != int(least):
                 raise OptionError(f"{me}: {name}={least!r} is neither a whole number nor a share below 1.")

@@ -11,7 +11,7 @@ import dataclasses
 from collections.abc import Mapping
 from typing import cast
 
-from featherweight.errors import OptionError, nearest
+from featherweight.errors import OptionError, is_number, nearest
 from featherweight.sizes import parse_bytes, split_unit
 
 __all__ = ["KINDS", "Goal", "check_until", "goals_of", "words"]
@@ -65,7 +65,7 @@ def _limit(me: str, kind: str, amount: object, whole: float) -> float:
         raise OptionError(
             f"{me}: until {kind}={amount!r} is less than one; the share kept is written {kind}='{100 * amount:g} %'."
         )
-    if isinstance(amount, int | float) and not isinstance(amount, bool) and amount > 0:
+    if is_number(amount) and amount > 0:
         return float(amount)
     table: Mapping[str, float] = _SECONDS if kind == "latency" else _COUNTS
     if unit in table and number > 0 and (unit or kind != "latency"):
