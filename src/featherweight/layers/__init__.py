@@ -3,7 +3,18 @@
 
 from featherweight.layers.calibration import Calibration, draw
 from featherweight.layers.held import Held, hold
-from featherweight.layers.kept import RULES, Selected, is_named, keep_by_name, keep_by_rule, names_of, refuse_nothing
+from featherweight.layers.kept import (
+    RULES,
+    Selected,
+    check_globs,
+    is_named,
+    keep_by_name,
+    keep_by_rule,
+    last_match,
+    names_of,
+    refuse_nothing,
+    selected,
+)
 from featherweight.layers.on_grids import existing_grids
 from featherweight.layers.order import call_order
 from featherweight.layers.problems import Problem, problems, split
@@ -27,6 +38,7 @@ __all__ = [
     "bytes_of",
     "call_order",
     "call_steps",
+    "check_globs",
     "collect",
     "draw",
     "existing_grids",
@@ -37,6 +49,7 @@ __all__ = [
     "is_named",
     "keep_by_name",
     "keep_by_rule",
+    "last_match",
     "matches",
     "names_of",
     "passes",
@@ -44,6 +57,7 @@ __all__ = [
     "read_by",
     "refuse_nothing",
     "select",
+    "selected",
     "split",
     "tensors_and_ties",
     "to_matrix",

@@ -4,20 +4,34 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any, TypeVar
 
+import torch
 from torch import nn
 
 from featherweight.errors import DataError, NothingToCompress
 from featherweight.layers.order import call_order
-from featherweight.layers.select import matches
+from featherweight.layers.select import matches, select
 from featherweight.layers.weights import Weight
 from featherweight.task import describe
 
-__all__ = ["RULES", "Selected", "is_named", "keep_by_name", "keep_by_rule", "names_of", "refuse_nothing"]
+__all__ = [
+    "RULES",
+    "Selected",
+    "check_globs",
+    "is_named",
+    "keep_by_name",
+    "keep_by_rule",
+    "last_match",
+    "names_of",
+    "refuse_nothing",
+    "selected",
+]
 
 RULES = ("first", "depthwise", "output")
+
+V = TypeVar("V")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,6 +59,26 @@ def is_named(weight: Weight, globs: Iterable[str]) -> bool:
     """Whether a glob names the weight, by any of its names."""
     globs = tuple(globs)
     return any(matches(name, globs) for name in names_of(weight))
+
+
+def last_match(weight: Weight, values: V | Mapping[str, V]) -> V | None:
+    """What the last glob that names the weight says, None where none does; of one value for all, that value."""
+    if not isinstance(values, Mapping):
+        return values
+    return next((values[glob] for glob in reversed(list(values)) if is_named(weight, [glob])), None)
+
+
+def check_globs(
+    found: Sequence[Weight], left: Iterable[str], options: Mapping[str, Sequence[str]], others: Iterable[str] = ()
+) -> None:
+    """Raises `NothingToCompress` for a glob of these options that names none of the weights, or of what else has names.
+
+    `found` and `left` are those of `weights`. A model without any of them is for `refuse_nothing` to refuse.
+    """
+    names = [name for weight in found for name in names_of(weight)] + [*left, *others]
+    for option, globs in options.items():
+        if names:
+            select(names, globs, option=option)
 
 
 def keep_by_name(
@@ -103,6 +137,28 @@ def keep_by_rule(
         elif "output" in rules and max(seen, default=-1) in own:
             what = "last in definition order" if unsure else "output layer"
             kept[weight.name] = f"{what}{hint}; dense=() prunes it too"
+
+
+def selected(
+    model: nn.Module,
+    found: Sequence[Weight],
+    kept: Mapping[str, str],
+    told: Callable[[Weight], tuple[str, float, str]],
+) -> Iterator[Selected]:
+    """A line for every weight of the model: kept, with the reason, or the action, sparsity and reason that are `told`.
+
+    `kept` may have parameters that are no weights to `weights`, computed or without rows: they come first.
+    """
+    tensors = dict(model.named_parameters(remove_duplicate=False))
+    known = {weight.name for weight in found}
+    for name in kept:
+        if name not in known:
+            shape = () if isinstance(tensors[name], nn.parameter.UninitializedParameter) else tuple(tensors[name].shape)
+            yield Selected(name, "computed", shape, torch.Size(shape).numel(), "kept", 0.0, kept[name])
+    for weight in found:
+        action, sparsity, reason = ("kept", 0.0, kept[weight.name]) if weight.name in kept else told(weight)
+        parameter = weight.parameter
+        yield Selected(weight.name, weight.kind, tuple(parameter.shape), parameter.numel(), action, sparsity, reason)
 
 
 def refuse_nothing(selected: Sequence[Selected], what: str = "prune") -> None:

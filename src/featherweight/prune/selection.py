@@ -4,21 +4,22 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-import torch
 from torch import nn
 
 from featherweight.errors import OptionError
 from featherweight.layers import (
     Selected,
     Weight,
+    check_globs,
     is_named,
     keep_by_name,
     keep_by_rule,
-    names_of,
+    last_match,
     select,
+    selected,
     unwrap,
     weights,
 )
@@ -75,35 +76,29 @@ def choose_layers(
         pairs = _pair(model, found, options, example_inputs, kept)
     for weight in found:
         if weight.name not in kept:
-            cap = 1.0 if (given := _last_match(weight, options.caps)) is None else given
+            cap = 1.0 if (given := last_match(weight, options.caps)) is None else given
             targets.append(Target(weight, _target(weight, options), cap, pairs.get(weight.name)))
-    return targets, tuple(_describe(model, found, left, options, kept, {t.weight.name: t for t in targets}))
-
-
-def _last_match(weight: Weight, shares: float | Mapping[str, float] | None) -> float | None:
-    if not isinstance(shares, Mapping):
-        return shares
-    return next((shares[glob] for glob in reversed(list(shares)) if is_named(weight, [glob])), None)
+    aims = {target.weight.name: target for target in targets}
+    lines = selected(model, found, kept, lambda weight: _told(weight, options, aims[weight.name]))
+    return targets, tuple(lines)
 
 
 def _target(weight: Weight, options: PruningOptions) -> float:
     if options.parsed.kind == "n:m":
         return 1 - options.parsed.n / options.parsed.m
-    share = _last_match(weight, options.sparsity)
+    share = last_match(weight, options.sparsity)
     return 0.0 if share is None else share
 
 
 def _check_globs(model: nn.Module, options: PruningOptions, found: Sequence[Weight], left: Mapping[str, str]) -> None:
-    names = [name for weight in found for name in names_of(weight)] + list(left)
-    if names:
-        select(names, options.layers, option="layers")
+    check_globs(found, left, {"layers": options.layers})
     every = dict(model.named_parameters(remove_duplicate=False)) | dict(model.named_buffers(remove_duplicate=False))
     select(list(every), options.keep, option="keep")
     for option, shares in (("sparsity", options.sparsity), ("caps", options.caps)):
         if not isinstance(shares, Mapping):
             continue
-        select(names, list(shares), option=option)
         globs = list(shares)
+        check_globs(found, left, {option: globs})
         for i, glob in enumerate(globs):
             named = [weight for weight in found if is_named(weight, [glob])]
             if named and all(is_named(weight, globs[i + 1 :]) for weight in named):
@@ -161,29 +156,11 @@ def _pair(
     return pairs
 
 
-def _describe(
-    model: nn.Module,
-    found: Sequence[Weight],
-    left: Mapping[str, str],
-    options: PruningOptions,
-    kept: Mapping[str, str],
-    targets: Mapping[str, Target],
-) -> Iterable[Selected]:
-    tensors = dict(model.named_parameters())
-    for name in left:
-        shape = () if isinstance(tensors[name], nn.parameter.UninitializedParameter) else tuple(tensors[name].shape)
-        yield Selected(name, "computed", shape, int(torch.Size(shape).numel()), "kept", 0.0, left[name])
-    for weight in found:
-        shape, n = tuple(weight.parameter.shape), weight.parameter.numel()
-        target = targets.get(weight.name)
-        if target is None:
-            yield Selected(weight.name, weight.kind, shape, n, "kept", 0.0, kept[weight.name])
-            continue
-        zeros = float(to_units(weight, options.parsed, weight.parameter.detach() == 0).all(1).float().mean())
-        reason = f"{zeros:.1%} are zero already, more than the target; they stay" if zeros > target.sparsity else ""
-        if target.consumer is not None:
-            reason = "; ".join(filter(None, (f"with the columns it feeds in {target.consumer.layer}", reason)))
-        named = next((glob for glob in reversed(options.layers) if is_named(weight, [glob])), "*")
-        yield Selected(
-            weight.name, weight.kind, shape, n, "pruned", target.sparsity, reason or f"layers={named!r} names it"
-        )
+def _told(weight: Weight, options: PruningOptions, target: Target) -> tuple[str, float, str]:
+    """What a line says of a weight that is pruned: the action, the sparsity, and the reason."""
+    zeros = float(to_units(weight, options.parsed, weight.parameter.detach() == 0).all(1).float().mean())
+    reason = f"{zeros:.1%} are zero already, more than the target; they stay" if zeros > target.sparsity else ""
+    if target.consumer is not None:
+        reason = "; ".join(filter(None, (f"with the columns it feeds in {target.consumer.layer}", reason)))
+    named = next((glob for glob in reversed(options.layers) if is_named(weight, [glob])), "*")
+    return "pruned", target.sparsity, reason or f"layers={named!r} names it"

@@ -7,10 +7,19 @@ import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-import torch
 from torch import nn
 
-from featherweight.layers import Selected, Weight, is_named, keep_by_name, keep_by_rule, names_of, select, weights
+from featherweight.layers import (
+    Selected,
+    Weight,
+    check_globs,
+    keep_by_name,
+    keep_by_rule,
+    last_match,
+    names_of,
+    selected,
+    weights,
+)
 from featherweight.quantize.rounding import Rounded, Rounding
 
 if TYPE_CHECKING:
@@ -61,26 +70,20 @@ def choose(model: nn.Module, options: Quantize, example_inputs: tuple[Any, ...] 
     found, left = weights(model)
     kept = dict(left)
     globs = {"bits": list(options.bits)} if isinstance(options.bits, Mapping) else {}
-    every = [name for weight in found for name in names_of(weight)] + list(left)
-    for option, patterns in {"layers": options.layers, "keep": options.keep, **globs}.items():
-        if every:
-            select(every, patterns, option=option)
+    check_globs(found, left, {"layers": options.layers, "keep": options.keep, **globs})
     keep_by_name(found, options.layers, options.keep, globs, kept)
     if options.dense:
         keep_by_rule(model, found, options.dense, example_inputs, kept)
     for weight in found:
         if weight.name not in kept and not weight.parameter.numel():
             kept[weight.name] = "it is empty"
-    roundings = {
-        weight.name: _rounding(options, _bits_of(weight, options.bits)) for weight in found if weight.name not in kept
-    }
-    return Chosen(tuple(_lines(model, found, kept, roundings)), roundings)
-
-
-def _bits_of(weight: Weight, bits: int | str | Mapping[str, int | str]) -> int | str:
-    if not isinstance(bits, Mapping):
-        return bits
-    return next(bits[glob] for glob in reversed(list(bits)) if is_named(weight, [glob]))
+    roundings = {}
+    for weight in found:
+        bits: int | str | None = None if weight.name in kept else last_match(weight, options.bits)
+        if bits is not None:
+            roundings[weight.name] = _rounding(options, bits)
+    lines = selected(model, found, kept, lambda weight: ("quantized", 0.0, _words(roundings[weight.name])))
+    return Chosen(tuple(lines), roundings)
 
 
 def _rounding(options: Quantize, bits: int | str) -> Rounding:
@@ -89,24 +92,8 @@ def _rounding(options: Quantize, bits: int | str) -> Rounding:
     return Rounding(options.spec(bits), whole=options.per == "tensor")
 
 
-def _lines(
-    model: nn.Module,
-    found: Sequence[Weight],
-    kept: Mapping[str, str],
-    roundings: Mapping[str, Rounding],
-) -> Iterator[Selected]:
-    known = {weight.name: weight.kind for weight in found}
-    tensors = dict(model.named_parameters(remove_duplicate=False))
-    for name in dict.fromkeys([*kept, *known]):
-        tensor = tensors[name]
-        shape = () if isinstance(tensor, nn.parameter.UninitializedParameter) else tuple(tensor.shape)
-        kind, size = known.get(name, "computed"), torch.Size(shape).numel()
-        if name in kept:
-            yield Selected(name, kind, shape, size, "kept", 0.0, kept[name])
-        else:
-            how = roundings[name]
-            reason = how.half if how.spec is None else f"{how.spec.bits} bits"
-            yield Selected(name, kind, shape, size, "quantized", 0.0, reason)
+def _words(how: Rounding) -> str:
+    return how.half if how.spec is None else f"{how.spec.bits} bits"
 
 
 def reading_layers(

@@ -21,13 +21,14 @@ from featherweight.layers import (
     RULES,
     Selected,
     Weight,
+    check_globs,
     is_named,
     keep_by_name,
     keep_by_rule,
+    last_match,
     matches,
     problems,
     refuse_nothing,
-    select,
     unwrap,
     weights,
 )
@@ -186,11 +187,8 @@ class Cluster:
             for option, value in (("clusters", self.clusters), ("bits", self.bits))
             if isinstance(value, Mapping)
         }
-        every = [name for weight in found for name in (weight.name, *weight.aliases)] + list(kept)
-        every += list(self._all_vectors(model)) if self.biases is not None else []
-        for option, given in {"layers": self.layers, "keep": self.keep, **targets}.items():
-            if every:
-                select(every, given, option=option)
+        others = () if self.biases is None else self._all_vectors(model)
+        check_globs(found, kept, {"layers": self.layers, "keep": self.keep, **targets}, others)
         if left := [name for name in kept if name not in {weight.name for weight in found}]:
             kept = {name: kept[name] for name in left}
         for weight in found:
@@ -204,9 +202,7 @@ class Cluster:
 
     def _number(self, weight: Weight) -> int:
         """How many values a weight may take; the last glob that names it decides."""
-        value = self.bits if self.clusters is None else self.clusters
-        if isinstance(value, Mapping):
-            value = next(number for glob, number in reversed(list(value.items())) if is_named(weight, [glob]))
+        value = last_match(weight, self.bits if self.clusters is None else self.clusters)
         return 16 if value is None else value if self.bits is None else 1 << value
 
     def _named(self, weight: Weight) -> str:

@@ -3,21 +3,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-import torch
 from torch import nn
 
 from featherweight.errors import NumericalError
 from featherweight.layers import (
     Selected,
     Weight,
-    is_named,
+    check_globs,
     keep_by_name,
     keep_by_rule,
-    names_of,
-    select,
+    last_match,
+    selected,
     weights,
 )
 
@@ -38,25 +37,20 @@ def choose_weights(
     found, left = weights(model)
     kept = dict(left)
     globs = list(options.bits) if isinstance(options.bits, Mapping) else ["*"]
-    every = [name for weight in found for name in names_of(weight)] + list(left)
-    for option, patterns in (("layers", options.layers), ("keep", options.keep), ("bits", globs)):
-        if every:
-            select(every, patterns, option=option)
+    check_globs(found, left, {"layers": options.layers, "keep": options.keep, "bits": globs})
     keep_by_name(found, options.layers, options.keep, {"bits": globs}, kept)
     if options.dense:
         keep_by_rule(model, found, options.dense, example_inputs, kept)
     for weight in found:
         if weight.name not in kept and (reason := _misfit(weight)):
             kept[weight.name] = reason
-    chosen = tuple((weight, _bits_of(weight, options.bits)) for weight in found if weight.name not in kept)
-    return chosen, tuple(_lines(model, found, left, kept, {w.name: bits for w, bits in chosen}))
-
-
-def _bits_of(weight: Weight, bits: int | Mapping[str, int]) -> int:
-    """The bits of the last glob that names the weight."""
-    if not isinstance(bits, Mapping):
-        return bits
-    return next(bits[glob] for glob in reversed(list(bits)) if is_named(weight, [glob]))
+    chosen = tuple(
+        (weight, bits)
+        for weight in found
+        if weight.name not in kept and (bits := last_match(weight, options.bits)) is not None
+    )
+    told = {weight.name: ("quantized", 0.0, f"{bits} bits") for weight, bits in chosen}
+    return chosen, tuple(selected(model, found, kept, lambda weight: told[weight.name]))
 
 
 def _misfit(weight: Weight) -> str:
@@ -74,22 +68,3 @@ def _misfit(weight: Weight) -> str:
     if getattr(weight.module, "sparse", False):
         return "its gradients are sparse (sparse=True), and a step learns from all of them"
     return ""
-
-
-def _lines(
-    model: nn.Module,
-    found: Sequence[Weight],
-    left: Mapping[str, str],
-    kept: Mapping[str, str],
-    bits: Mapping[str, int],
-) -> Iterator[Selected]:
-    tensors = dict(model.named_parameters())
-    for name in left:
-        shape = () if isinstance(tensors[name], nn.parameter.UninitializedParameter) else tuple(tensors[name].shape)
-        yield Selected(name, "computed", shape, torch.Size(shape).numel(), "kept", 0.0, left[name])
-    for weight in found:
-        shape, count = tuple(weight.parameter.shape), weight.parameter.numel()
-        if weight.name in kept:
-            yield Selected(weight.name, weight.kind, shape, count, "kept", 0.0, kept[weight.name])
-        else:
-            yield Selected(weight.name, weight.kind, shape, count, "quantized", 0.0, f"{bits[weight.name]} bits")

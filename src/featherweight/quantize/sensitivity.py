@@ -20,7 +20,7 @@ from torch.utils._pytree import tree_leaves
 from featherweight.edits import apply
 from featherweight.errors import NothingToCompress, NumericalError, OptionError, check_whole, check_word, is_number
 from featherweight.grids import GridSpec
-from featherweight.layers import Weight, draw, keep_by_name, names_of, select, to_matrix, unwrap, weights
+from featherweight.layers import Weight, check_globs, draw, keep_by_name, to_matrix, unwrap, weights
 from featherweight.layers.calls import quiet
 from featherweight.plan import FakeQuant
 from featherweight.quantize.chosen import reading_layers
@@ -147,11 +147,9 @@ def _checked(bits: Iterable[int], chunk: int | None) -> tuple[int, ...]:
 
 def _chosen(model: nn.Module, layers: Sequence[str], keep: Sequence[str]) -> list[Weight]:
     found, left = weights(model)
-    every = [name for weight in found for name in names_of(weight)] + list(left)
-    if not every:
+    if not found and not left:
         raise NothingToCompress("Nothing to quantize: the model has no weights (parameters of two axes or more).")
-    select(every, layers, option="layers")
-    select(every, keep, option="keep")
+    check_globs(found, left, {"layers": layers, "keep": keep})
     kept = dict(left)
     keep_by_name(found, layers, keep, {}, kept)
     chosen = [weight for weight in found if weight.name not in kept and weight.parameter.numel()]

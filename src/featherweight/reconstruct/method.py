@@ -19,13 +19,15 @@ from featherweight.layers import (
     Problem,
     Selected,
     Weight,
+    check_globs,
     existing_grids,
     is_named,
     keep_by_name,
     keep_by_rule,
+    last_match,
     problems,
     refuse_nothing,
-    select,
+    selected,
     unwrap,
     weights,
 )
@@ -250,12 +252,9 @@ class Reconstruct:
         model = unwrap(model)
         found, left = weights(model)
         cut, alone = problems(model)
-        every = [name for weight in found for name in (weight.name, *weight.aliases)] + list(left)
         given = {"sparsity": self.sparsity, "bits": self.bits}
         targets = {option: list(value) for option, value in given.items() if isinstance(value, Mapping)}
-        for option, globs in {"layers": self.layers, "keep": self.keep, **targets}.items():
-            if every:
-                select(every, globs, option=option)
+        check_globs(found, left, {"layers": self.layers, "keep": self.keep, **targets})
         kept = {**left, **alone}
         free = [weight for weight in found if weight.name not in kept]
         keep_by_name(free, self.layers, self.keep, targets if len(targets) == 1 else {}, kept)
@@ -269,10 +268,10 @@ class Reconstruct:
             keep_by_rule(model, free, self.dense, example_inputs, kept)
         wants = {weight.name: self._want(weight) for weight in free}
         chosen = {p.name: (p, wants[p.weight.name]) for p in cut if p.weight.name not in kept}
-        return chosen, tuple(_lines(model, found, left, kept, wants))
+        return chosen, tuple(selected(model, found, kept, lambda weight: _told(wants[weight.name])))
 
     def _want(self, weight: Weight) -> Want:
-        share, bits = (_last_match(weight, value) for value in (self.sparsity, self.bits))
+        share, bits = (last_match(weight, value) for value in (self.sparsity, self.bits))
         grid = None if bits is None else GridSpec(int(bits), self.symmetric, self.chunk)
         return Want(self.pattern, share, grid, self.solver, self.damping, self.budget_bytes // 2, self.work)
 
@@ -317,35 +316,13 @@ def _check_same_layers(chosen: Mapping[str, tuple[Problem, Want]], reference: nn
             )
 
 
-def _last_match(weight: Weight, values: float | Mapping[str, float] | None) -> float | None:
-    if not isinstance(values, Mapping):
-        return values
-    return next((values[glob] for glob in reversed(list(values)) if is_named(weight, [glob])), None)
-
-
-def _lines(
-    model: nn.Module,
-    found: Sequence[Weight],
-    left: Mapping[str, str],
-    kept: Mapping[str, str],
-    wants: Mapping[str, Want],
-) -> Iterator[Selected]:
-    tensors = dict(model.named_parameters())
-    for name in left:
-        shape = () if isinstance(tensors[name], nn.parameter.UninitializedParameter) else tuple(tensors[name].shape)
-        yield Selected(name, "computed", shape, torch.Size(shape).numel(), "kept", 0.0, left[name])
-    for weight in found:
-        shape, count = tuple(weight.parameter.shape), weight.parameter.numel()
-        if weight.name in kept:
-            yield Selected(weight.name, weight.kind, shape, count, "kept", 0.0, kept[weight.name])
-            continue
-        want = wants[weight.name]
-        acts = ["pruned"] if want.prunes else []
-        acts += ["quantized"] if want.grid is not None else []
-        pattern = parse_pattern(want.pattern)
-        share = (1 - pattern.n / pattern.m if pattern.kind == "n:m" else want.sparsity) or 0.0
-        reason = "" if want.grid is None else f"{want.grid.bits} bits"
-        yield Selected(weight.name, weight.kind, shape, count, ", ".join(acts) or "refitted", share, reason)
+def _told(want: Want) -> tuple[str, float, str]:
+    """What a line says of a weight that is solved for: what is done to it, its sparsity, and to how many bits."""
+    acts = ["pruned"] if want.prunes else []
+    acts += ["quantized"] if want.grid is not None else []
+    pattern = parse_pattern(want.pattern)
+    share = (1 - pattern.n / pattern.m if pattern.kind == "n:m" else want.sparsity) or 0.0
+    return ", ".join(acts) or "refitted", share, "" if want.grid is None else f"{want.grid.bits} bits"
 
 
 def _short_groups(pattern: Pattern, chosen: Iterable[Problem]) -> Iterator[str]:
