@@ -110,7 +110,11 @@ std::vector<Tensor> Engine::run(const std::vector<Input>& inputs, std::vector<Sp
     }
     for (const Step& step : plan.steps) {
         const double begin = spent ? now() : 0;
-        step.work(frame);
+        try {
+            step.work(frame);
+        } catch (const Error& error) {
+            throw Error(graph_.nodes[step.node].describe() + ": " + error.what());
+        }
         if (spent) {
             const Node& node = graph_.nodes[step.node];
             spent->push_back({node.name, node.op, step.what, now() - begin, step.flops, step.bytes});

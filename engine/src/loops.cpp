@@ -4,6 +4,8 @@
 #include <algorithm>
 #include <array>
 
+#include "runs.hpp"
+
 namespace featherweight {
 
 namespace {
@@ -49,32 +51,15 @@ template <class T>
 void gather_as(const Walk& walk, std::size_t view, std::int64_t begin, std::int64_t end, const void* source, void* target) {
     const T* from = static_cast<const T*>(source);
     T* to = static_cast<T*>(target);
-    const std::int64_t inner = walk.dims.back(), stride = walk.strides[view].back();
-    const Dims& strides = walk.strides[view];
-    const std::size_t outer = walk.dims.size() - 1;
-    std::array<std::int64_t, 16> at{};
-    std::int64_t run = begin / inner, offset = 0;
-    for (std::size_t i = outer; i-- > 0;) {
-        at[i] = run % walk.dims[i];
-        offset += at[i] * strides[i];
-        run /= walk.dims[i];
-    }
-    for (std::int64_t i = begin % inner; begin < end; i = 0) {
-        const std::int64_t size = std::min(inner - i, end - begin);
-        const T* each = from + offset + i * stride;
+    const std::int64_t stride = walk.strides[view].back();
+    each_run<1>(walk.dims, {&walk.strides[view]}, begin, end, [&](const auto& offsets, std::int64_t size) {
+        const T* each = from + offsets[0];
         if (stride == 0)
             std::fill_n(to, size, *each);
         else
-            for (std::int64_t j = 0; j < size; ++j) to[j] = each[j * stride];
+            for (std::int64_t i = 0; i < size; ++i) to[i] = each[i * stride];
         to += size;
-        begin += size;
-        for (std::size_t a = outer; a-- > 0;) {  // on to the next run, as an odometer
-            offset += strides[a];
-            if (++at[a] < walk.dims[a]) break;
-            offset -= strides[a] * walk.dims[a];
-            at[a] = 0;
-        }
-    }
+    });
 }
 
 void gather(std::size_t size, const Walk& walk, std::size_t view, std::int64_t begin, std::int64_t end, const void* from, void* to) {
@@ -160,7 +145,6 @@ void add_loops(Planner& planner, std::string what, const Fact& out, const std::v
     std::vector<const Fact*> walked{&out};
     for (const Fact& view : shaped) walked.push_back(&view);
     loops.walk = walk(walked);
-    if (loops.walk.dims.size() > 16) throw Unsupported("its inputs have more than 16 axes that lie differently");
     bool pieces = loops.stages.size() > 1;
     for (std::size_t v = 0; v < shaped.size(); ++v) {
         touches.push_back(views[v]);
@@ -186,12 +170,15 @@ void add_loops(Planner& planner, std::string what, const Fact& out, const std::v
     planner.step(std::move(what), std::move(touches), work, flops, bytes);
 }
 
-std::vector<int> leading_order(const std::vector<Fact>& inputs, const Dims& dims) {
-    const Fact* lead = nullptr;
+const Fact& leader(const std::vector<Fact>& inputs) {
+    const Fact* lead = &inputs.front();
     for (const Fact& input : inputs)
-        if (lead == nullptr || input.size() > lead->size() || (input.size() == lead->size() && lead->constant && !input.constant))
-            lead = &input;
-    return storage_order(broadcast_to(*lead, dims));
+        if (input.size() > lead->size() || (input.size() == lead->size() && lead->constant && !input.constant)) lead = &input;
+    return *lead;
+}
+
+std::vector<int> leading_order(const std::vector<Fact>& inputs, const Dims& dims) {
+    return storage_order(broadcast_to(leader(inputs), dims));
 }
 
 Fact alongside(Planner& planner, const Fact& fact, const Fact& out) {

@@ -32,7 +32,8 @@ constexpr std::int64_t light = 1 << 14, heavy = 1 << 12;
 void add_loops(Planner& planner, std::string what, const Fact& out, const std::vector<Fact>& views, std::vector<Stage> stages,
                std::int64_t least = light);
 
-// The order to store a result in: that of its largest input, of those the first that is no constant.
+// The largest input, of those the first that is no constant; and the order of storage that it gives a result.
+const Fact& leader(const std::vector<Fact>& inputs);
 std::vector<int> leading_order(const std::vector<Fact>& inputs, const Dims& dims);
 
 // `fact`, broadcast to the dims of `out` and copied first where the two are transposed to each other and it is worth it.

@@ -22,12 +22,13 @@ struct Runs {
     float low, high;  // parameters of the function; add, subtract, multiply and multiply_add clamp their result between them
 };
 
+// remainder is of the dividend's sign, as in C, floored_remainder of the divisor's, as in Python. leak is PRelu's.
 // The parameters of elu, selu and swish are in `low` and `high`: alpha, and selu's gamma.
 enum class Unary : std::uint8_t {
     negative, absolute, square, cube, square_root, reciprocal, exponential, logarithm, error_function, floor, ceiling, round, sign,
     sine, cosine, elu, selu, softplus, softsign, mish, swish, thresholded_relu, scaled
 };
-enum class Binary : std::uint8_t { add, subtract, multiply, divide, minimum, maximum, power, remainder, leak };
+enum class Binary : std::uint8_t { add, subtract, multiply, divide, minimum, maximum, power, remainder, floored_remainder, leak };
 
 // All on f32.
 struct ElementwiseKernels {

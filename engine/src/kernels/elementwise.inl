@@ -183,6 +183,12 @@ static void elementwise_binary(Binary function, const Runs& runs) {
             return map_two(runs, [](Vec a, Vec b) { return by_lane(a, b, [](float x, float y) { return __builtin_powf(x, y); }); });
         case Binary::remainder:
             return map_two(runs, [](Vec a, Vec b) { return by_lane(a, b, [](float x, float y) { return __builtin_fmodf(x, y); }); });
+        case Binary::floored_remainder:
+            return map_two(runs, [](Vec a, Vec b) {
+                const Vec rest = by_lane(a, b, [](float x, float y) { return __builtin_fmodf(x, y); });
+                const Vec moved = (bits(rest) ^ bits(b)) < 0 ? rest + b : rest;
+                return rest == 0.0f ? with_sign_of(rest, b) : moved;
+            });
         case Binary::leak: return map_two(runs, [](Vec a, Vec b) { return a < 0.0f ? a * b : a; });
     }
 }

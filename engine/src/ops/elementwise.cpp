@@ -145,10 +145,8 @@ void remainder(Planner& planner) {
     const std::vector<Fact> inputs = same_typed_inputs(planner);
     if (inputs.size() != 2) throw Error("it has " + std::to_string(inputs.size()) + " inputs, not 2");
     const bool as_in_c = planner.node().integer("fmod", 0) != 0;
-    const Type type = inputs[0].type;
-    if (type == Type::f32 && !as_in_c) throw Error("of floats it needs fmod=1");
-    const Loop loop = as_in_c ? loop_of(planner, Binary::remainder, type) : floored_remainder(type);
-    if (type != Type::f32) refuse_zeros(planner, inputs[1]);
+    const Loop loop = loop_of(planner, as_in_c ? Binary::remainder : Binary::floored_remainder, inputs[0].type);
+    if (inputs[0].type != Type::f32) refuse_zeros(planner, inputs[1]);
     combine(planner, inputs, loop, false);
 }
 
@@ -163,8 +161,6 @@ std::optional<double> number(const Planner& planner, int input) {
 
 void power(Planner& planner) {
     const Fact base = planner.in(0), exponent = planner.in(1);
-    if (exponent.type != Type::f32 && exponent.type != Type::i32 && exponent.type != Type::i64)
-        throw Unsupported(std::string("an exponent of ") + name_of(exponent.type));
     if (base.type != Type::f32) return combine(planner, {base, exponent}, integer_power(base.type, exponent.type), false);
     const std::optional<double> known = number(planner, 1);
     if (known && (*known == 2 || *known == 3) && exponent.rank() <= base.rank())

@@ -9,7 +9,6 @@ namespace featherweight {
 Loop integer_loop(Unary function, Type type);
 Loop integer_loop(Binary function, Type type);
 Loop integer_power(Type base, Type exponent);
-Loop floored_remainder(Type type);  // of the divisor's sign, as in Python
 
 // Adds a step that throws an Error where an element of `divisor`, an integer, is zero.
 void refuse_zeros(Planner& planner, const Fact& divisor);

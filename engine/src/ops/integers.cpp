@@ -4,6 +4,7 @@
 #include <limits>
 #include <type_traits>
 
+#include "../runs.hpp"
 #include "elementwise.hpp"
 #include "scalars.hpp"
 
@@ -40,18 +41,13 @@ template <class T> T truncated(double value) {
 }
 
 template <class T>
-void check_zeros(const std::byte* data, const Fact& fact, const std::string& text) {
+void check_zeros(const std::byte* data, const Fact& fact) {
     const Walk steps = walk({&fact});
     const T* from = reinterpret_cast<const T*>(data);
-    const std::int64_t size = count(steps.dims);
-    for (std::int64_t i = 0; i < size; ++i) {
-        std::int64_t rest = i, offset = 0;
-        for (std::size_t a = steps.dims.size(); a-- > 0;) {
-            offset += rest % steps.dims[a] * steps.strides[0][a];
-            rest /= steps.dims[a];
-        }
-        if (from[offset] == 0) throw Error(text);
-    }
+    each_run<1>(steps.dims, {&steps.strides[0]}, 0, count(steps.dims), [&](const auto& offsets, std::int64_t size) {
+        for (std::int64_t i = 0; i < size; ++i)
+            if (from[offsets[0] + i * steps.strides[0].back()] == 0) throw Error("an integer is divided by zero");
+    });
 }
 
 }  // namespace
@@ -79,20 +75,15 @@ Loop integer_loop(Binary function, Type type) {
             case Binary::multiply: return loop_of_two<T>([](T a, T b) { return static_cast<T>(static_cast<U>(a) * static_cast<U>(b)); });
             case Binary::divide: return loop_of_two<T>(quotient<T>);
             case Binary::remainder: return loop_of_two<T>(remainder<T>);
+            case Binary::floored_remainder:
+                return loop_of_two<T>([](T a, T b) {
+                    const T rest = remainder(a, b);
+                    return static_cast<T>(rest != 0 && (rest < 0) != (b < 0) ? rest + b : rest);
+                });
             case Binary::minimum: return loop_of_two<T>([](T a, T b) { return a < b ? a : b; });
             case Binary::maximum: return loop_of_two<T>([](T a, T b) { return a > b ? a : b; });
             default: throw Unsupported("this function of integers");
         }
-    });
-}
-
-Loop floored_remainder(Type type) {
-    return by_type(type, [&](auto zero) -> Loop {
-        using T = decltype(zero);
-        return loop_of_two<T>([](T a, T b) {
-            const T rest = remainder(a, b);
-            return static_cast<T>(rest != 0 && (rest < 0) != (b < 0) ? rest + b : rest);
-        });
     });
 }
 
@@ -110,8 +101,7 @@ Loop integer_power(Type base, Type exponent) {
 
 void refuse_zeros(Planner& planner, const Fact& divisor) {
     const auto check = divisor.type == Type::i32 ? check_zeros<std::int32_t> : check_zeros<std::int64_t>;
-    const std::string text = planner.node().describe() + ": an integer is divided by zero";
-    planner.step("check", {divisor}, [=](Frame& frame) { check(frame.bytes(divisor), divisor, text); });
+    planner.step("check", {divisor}, [=](Frame& frame) { check(frame.bytes(divisor), divisor); });
 }
 
 }  // namespace featherweight
