@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from torch import nn
@@ -30,8 +30,6 @@ __all__ = [
 ]
 
 RULES = ("first", "depthwise", "output")
-
-V = TypeVar("V")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,8 +59,8 @@ def is_named(weight: Weight, globs: Iterable[str]) -> bool:
     return any(matches(name, globs) for name in names_of(weight))
 
 
-def last_match(weight: Weight, values: V | Mapping[str, V]) -> V | None:
-    """What the last glob that names the weight says, None where none does; of one value for all, that value."""
+def last_match(weight: Weight, values: Any) -> Any:
+    """What the last glob of `{glob: value}` that names the weight says, None where none does; or the one value for all."""
     if not isinstance(values, Mapping):
         return values
     return next((values[glob] for glob in reversed(list(values)) if is_named(weight, [glob])), None)

@@ -86,7 +86,7 @@ def choose_layers(
 def _target(weight: Weight, options: PruningOptions) -> float:
     if options.parsed.kind == "n:m":
         return 1 - options.parsed.n / options.parsed.m
-    share = last_match(weight, options.sparsity)
+    share: float | None = last_match(weight, options.sparsity)
     return 0.0 if share is None else share
 
 

@@ -77,11 +77,9 @@ def choose(model: nn.Module, options: Quantize, example_inputs: tuple[Any, ...] 
     for weight in found:
         if weight.name not in kept and not weight.parameter.numel():
             kept[weight.name] = "it is empty"
-    roundings = {}
-    for weight in found:
-        bits: int | str | None = None if weight.name in kept else last_match(weight, options.bits)
-        if bits is not None:
-            roundings[weight.name] = _rounding(options, bits)
+    roundings = {
+        weight.name: _rounding(options, last_match(weight, options.bits)) for weight in found if weight.name not in kept
+    }
     lines = selected(model, found, kept, lambda weight: ("quantized", 0.0, _words(roundings[weight.name])))
     return Chosen(tuple(lines), roundings)
 

@@ -202,7 +202,7 @@ class Cluster:
 
     def _number(self, weight: Weight) -> int:
         """How many values a weight may take; the last glob that names it decides."""
-        value = last_match(weight, self.bits if self.clusters is None else self.clusters)
+        value: int | None = last_match(weight, self.bits if self.clusters is None else self.clusters)
         return 16 if value is None else value if self.bits is None else 1 << value
 
     def _named(self, weight: Weight) -> str:

@@ -44,11 +44,7 @@ def choose_weights(
     for weight in found:
         if weight.name not in kept and (reason := _misfit(weight)):
             kept[weight.name] = reason
-    chosen = tuple(
-        (weight, bits)
-        for weight in found
-        if weight.name not in kept and (bits := last_match(weight, options.bits)) is not None
-    )
+    chosen = tuple((weight, last_match(weight, options.bits)) for weight in found if weight.name not in kept)
     told = {weight.name: ("quantized", 0.0, f"{bits} bits") for weight, bits in chosen}
     return chosen, tuple(selected(model, found, kept, lambda weight: told[weight.name]))
 
