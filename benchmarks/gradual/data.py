@@ -13,11 +13,12 @@ import os
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
+
+from benchmarks.splits import Data, Split
 
 FOLDER = "FASHION_MNIST"  # the environment variable that names a folder with the four files
 PACKAGE = "dataset-fashion-mnist"
@@ -25,22 +26,9 @@ CACHE = Path(__file__).parents[2] / ".cache"
 INSIDE = Path("usr/share/datasets/fashion-mnist")  # where Debian's package has them
 
 
-class Split(NamedTuple):
-    """Images [n, 1, 28, 28] as bytes, and their classes [n]."""
-
-    images: Tensor
-    labels: Tensor
-
-
-class Data(NamedTuple):
-    train: Split
-    validation: Split
-    test: Split
-
-
 @functools.cache
 def load() -> Data:
-    """The three splits. Fetches 31 MB the first time, unless the environment variable FASHION_MNIST names a folder."""
+    """The three splits, images as bytes. Fetches 31 MB the first time, unless the environment variable FASHION_MNIST names a folder."""
     folder = Path(os.environ[FOLDER]) if FOLDER in os.environ else _fetched()
     images, labels = _idx(folder / "train-images-idx3-ubyte.gz"), _idx(folder / "train-labels-idx1-ubyte.gz")
     test = Split(_idx(folder / "t10k-images-idx3-ubyte.gz")[:, None], _idx(folder / "t10k-labels-idx1-ubyte.gz").long())
