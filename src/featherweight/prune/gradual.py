@@ -13,11 +13,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from featherweight.errors import OptionError, check_whole, check_word, is_number
+from featherweight.errors import OptionError, is_number
 from featherweight.layers import Selected
 from featherweight.prune.options import PruningOptions
 from featherweight.prune.pruner import Pruner
-from featherweight.prune.schedule import SCHEDULES
+from featherweight.prune.schedule import check_schedule
 from featherweight.prune.selection import choose_layers
 
 __all__ = ["GradualPruning"]
@@ -59,17 +59,7 @@ class GradualPruning(PruningOptions):
     def __post_init__(self) -> None:
         super().__post_init__()
         me = type(self).__name__
-        check_word(me, "schedule", self.schedule, SCHEDULES)
-        check_whole(me, "begin", self.begin)
-        check_whole(me, "end", self.end)
-        check_whole(me, "every", self.every, least=1)
-        if self.schedule == "one_shot":
-            object.__setattr__(self, "end", self.begin)
-        if self.end < self.begin:
-            raise OptionError(
-                f"{me}: end={self.end} is before begin={self.begin}; both count optimizer steps, and end is when the "
-                "target is reached."
-            )
+        object.__setattr__(self, "end", check_schedule(me, self.schedule, self.begin, self.end, self.every))
         if self.initial is not None:
             self._check_initial(me, self.initial)
 

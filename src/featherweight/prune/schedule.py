@@ -9,7 +9,9 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-__all__ = ["SCHEDULES", "sparsity_at", "updates_at"]
+from featherweight.errors import OptionError, check_whole, check_word
+
+__all__ = ["SCHEDULES", "check_schedule", "sparsity_at", "updates_at"]
 
 # What is left to do at progress p, as a share of s_f - s_i.
 SCHEDULES: dict[str, Callable[[float], float]] = {
@@ -18,6 +20,21 @@ SCHEDULES: dict[str, Callable[[float], float]] = {
     "constant": lambda p: 0.0,
     "one_shot": lambda p: 0.0,
 }
+
+
+def check_schedule(me: str, schedule: str, begin: int, end: int, every: int) -> int:
+    """Raises `OptionError` for what is no schedule; gives its end, which is its beginning where there is one update."""
+    check_word(me, "schedule", schedule, SCHEDULES)
+    check_whole(me, "begin", begin)
+    check_whole(me, "end", end)
+    check_whole(me, "every", every, least=1)
+    if schedule == "one_shot":
+        return begin
+    if end < begin:
+        raise OptionError(
+            f"{me}: end={end} is before begin={begin}; both count optimizer steps, and end is when the target is reached."
+        )
+    return end
 
 
 def sparsity_at(step: int, begin: int, end: int, initial: float, final: float, schedule: str = "cubic") -> float:

@@ -14,11 +14,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from featherweight.errors import OptionError, check_whole, check_word
+from featherweight.errors import OptionError
 from featherweight.graph import Trace
 from featherweight.prune.channels.options import ChannelOptions
 from featherweight.prune.channels.pruner import ChannelPruner
-from featherweight.prune.schedule import SCHEDULES
+from featherweight.prune.schedule import check_schedule
 
 __all__ = ["GradualChannelPruning"]
 
@@ -62,14 +62,7 @@ class GradualChannelPruning(ChannelOptions):
     def __post_init__(self) -> None:
         super().__post_init__()
         me = type(self).__name__
-        check_word(me, "schedule", self.schedule, SCHEDULES)
-        check_whole(me, "begin", self.begin)
-        check_whole(me, "end", self.end)
-        check_whole(me, "every", self.every, least=1)
-        if self.schedule == "one_shot":
-            object.__setattr__(self, "end", self.begin)
-        if self.end < self.begin:
-            raise OptionError(f"{me}: end={self.end} is before begin={self.begin}; both count optimizer steps.")
+        object.__setattr__(self, "end", check_schedule(me, self.schedule, self.begin, self.end, self.every))
         if self.importance == "structured_obs":
             raise OptionError(f"{me}: importance='structured_obs' is for after training; PruneChannels has it.")
         if self.closure is not None and not callable(self.closure):
