@@ -31,7 +31,7 @@ from featherweight.measure import Comparison, Latency, Scorecard
 from featherweight.plan import Plan
 from featherweight.recipe import Recipe, to_toml
 from featherweight.report import render
-from featherweight.task import Task, describe
+from featherweight.task import Task, describe, tensors_in
 from featherweight.verdict import verdict
 
 __all__ = ["Evidence", "StageFacts", "score", "show"]
@@ -352,21 +352,10 @@ def _fingerprint(data: Any) -> dict[str, Any] | None:
         torch.manual_seed(0)
         batch = next(iter(data))
     digest = hashlib.sha256()
-    for tensor in _flat(batch):
+    for tensor in tensors_in(batch):
         digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
     length = len(data) if hasattr(data, "__len__") else None
     return {"batches": length, "batch": describe(batch), "sha256": digest.hexdigest()[:16]}
-
-
-def _flat(value: Any) -> Iterator[Tensor]:
-    if isinstance(value, Tensor):
-        yield value
-    elif isinstance(value, Mapping):
-        for item in value.values():
-            yield from _flat(item)
-    elif isinstance(value, tuple | list):
-        for item in value:
-            yield from _flat(item)
 
 
 def _write(model: nn.Module, plan: Plan, report: dict[str, Any], folder: Path) -> None:

@@ -7,7 +7,7 @@ A task knows nothing of methods; a method sees the task, a working copy of the m
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from featherweight.errors import DataError, OptionError
 from featherweight.plan import Plan
 
-__all__ = ["Method", "Stage", "Task", "batches", "default_forward", "describe"]
+__all__ = ["Method", "Stage", "Task", "batches", "default_forward", "describe", "tensors_in"]
 
 
 def describe(value: object) -> str:
@@ -28,6 +28,19 @@ def describe(value: object) -> str:
     if isinstance(value, tuple | list):
         return f"{type(value).__name__}(" + ", ".join(describe(item) for item in value) + ")"
     return type(value).__name__
+
+
+def tensors_in(value: Any) -> Iterator[Tensor]:
+    """The tensors of nested data, mappings of every kind among them, in their order.
+
+    >>> import torch
+    >>> [int(tensor) for tensor in tensors_in(({"x": torch.tensor(1), "n": 3}, [torch.tensor(2)]))]
+    [1, 2]
+    """
+    if isinstance(value, Tensor):
+        yield value
+    for item in value.values() if isinstance(value, Mapping) else value if isinstance(value, tuple | list) else ():
+        yield from tensors_in(item)
 
 
 def default_forward(model: Callable[..., Any], batch: Any) -> Any:

@@ -8,14 +8,13 @@ in each pass, let held-out samples slip among the others, and make a resumed run
 from __future__ import annotations
 
 import dataclasses
-import itertools
 from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from featherweight.task import Task, batches
+from featherweight.task import Task, batches, tensors_in
 
 __all__ = ["Calibration", "draw"]
 
@@ -71,7 +70,7 @@ def draw(task: Task, samples: int, held_out: float, seed: int) -> Calibration:
 
 def size_of(batch: Any) -> int:
     """Samples in a batch: the first axis of its first tensor."""
-    tensor = next(_tensors(batch), None)
+    tensor = next(tensors_in(batch), None)
     return 1 if tensor is None or tensor.ndim == 0 else len(tensor)
 
 
@@ -82,18 +81,9 @@ def _spread(batches: int, share: float) -> set[int]:
     return {(2 * i + 1) * batches // (2 * count) for i in range(count)} if count > 1 else {batches - 1}
 
 
-def _tensors(batch: Any) -> Any:
-    if isinstance(batch, Tensor):
-        yield batch
-    elif isinstance(batch, Mapping):
-        yield from itertools.chain.from_iterable(map(_tensors, batch.values()))
-    elif isinstance(batch, tuple | list):
-        yield from itertools.chain.from_iterable(map(_tensors, batch))
-
-
 def _first_axis(batch: Any) -> int | None:
     """The length of the first axis, if all tensors of the batch have the same."""
-    lengths = {len(tensor) if tensor.ndim else None for tensor in _tensors(batch)}
+    lengths = {len(tensor) if tensor.ndim else None for tensor in tensors_in(batch)}
     return lengths.pop() if len(lengths) == 1 else None
 
 

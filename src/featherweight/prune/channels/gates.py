@@ -15,7 +15,7 @@ ordinary backward pass.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from types import TracebackType
 from typing import Any
 
@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from featherweight.errors import OptionError
 from featherweight.graph import Group, Member
 from featherweight.layers.weights import CONV, TRANSPOSED, is_conv1d
+from featherweight.task import tensors_in
 
 __all__ = [
     "PLACES",
@@ -145,7 +146,7 @@ class PerSample:
 
     def _begin(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         self._flush()
-        self._samples = next((len(tensor) for tensor in _tensors((args, kwargs)) if tensor.ndim), 1)
+        self._samples = next((len(tensor) for tensor in tensors_in((args, kwargs)) if tensor.ndim), 1)
 
     def _flush(self) -> None:
         for name, parts in self._sums.items():
@@ -219,14 +220,3 @@ def owners_of(model: nn.Module) -> dict[str, list[nn.Module]]:
                 held.append(owner)
     named = model.named_parameters(remove_duplicate=False)
     return {name: holders[id(parameter)] for name, parameter in named}
-
-
-def _tensors(value: Any) -> Iterator[Tensor]:
-    if isinstance(value, Tensor):
-        yield value
-    elif isinstance(value, Mapping):
-        for item in value.values():
-            yield from _tensors(item)
-    elif isinstance(value, tuple | list):
-        for item in value:
-            yield from _tensors(item)

@@ -31,6 +31,7 @@ from featherweight.prune.channels.importance import (
 )
 from featherweight.prune.channels.obs import consumers, structured_obs
 from featherweight.prune.channels.options import ChannelOptions
+from featherweight.task import tensors_in
 
 __all__ = ["NEEDS_LOSS", "Data", "batch_norm_scales", "finished", "gate_scores", "needs_data", "scores_of"]
 
@@ -220,7 +221,7 @@ def _mean_gradients(
 
 def _samples(batch: Any) -> Iterator[Any]:
     """A batch's samples as batches of one, cut along the first axis of all its tensors."""
-    count = next((len(tensor) for tensor in _tensors(batch) if tensor.ndim), 1)
+    count = next((len(tensor) for tensor in tensors_in(batch) if tensor.ndim), 1)
     return (_part(batch, slice(i, i + 1), count) for i in range(count))
 
 
@@ -232,13 +233,6 @@ def _part(value: Any, part: slice, count: int) -> Any:
     if isinstance(value, tuple | list):
         return tuple(_part(item, part, count) for item in value)
     return value
-
-
-def _tensors(value: Any) -> Iterator[Tensor]:
-    if isinstance(value, Tensor):
-        yield value
-    for item in value.values() if isinstance(value, Mapping) else value if isinstance(value, tuple | list) else ():
-        yield from _tensors(item)
 
 
 @contextlib.contextmanager
