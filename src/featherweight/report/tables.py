@@ -12,7 +12,6 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from featherweight.measure import spoken
 from featherweight.report import words
 
 __all__ = [
@@ -170,6 +169,13 @@ def stages(report: Row) -> Table:
     rows.append(("time taken", *(words.seconds(stage.get("seconds")) for _, _, stage in cards)))
     shown = tuple(row for row in rows if any(cell != words.MISSING for cell in row[1:]))
     return Table(("", *(name for name, _, _ in cards)), shown)
+
+
+def spoken(runtime: str) -> str:
+    """A runtime as people call it."""
+    from featherweight.measure import spoken as name  # brings torch, which `featherweight --help` does without
+
+    return name(runtime)
 
 
 def median(card: Row, runtime: str) -> str:
