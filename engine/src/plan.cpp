@@ -6,6 +6,14 @@
 
 namespace featherweight {
 
+namespace {
+
+// Of what is computed while planning. Shapes and masks are small, and weights that a graph takes apart are seldom more than
+// a few hundred megabytes; a file of a few bytes can ask for any amount.
+constexpr std::size_t most_evaluated = std::size_t{1} << 30;
+
+}  // namespace
+
 struct Planner::State {
     const Graph& graph;
     const Kernels& kernels;
@@ -16,6 +24,7 @@ struct Planner::State {
     std::vector<bool> fixed;                 // by value: it follows from the file alone, whatever the inputs
     int node = -1;
     Prepared own{};  // of this plan alone
+    std::size_t evaluated = 0;  // bytes of constants that were computed
 
     Fact& known(int value) {
         std::optional<Fact>& fact = facts[value];
@@ -28,6 +37,7 @@ struct Planner::State {
         Fact fact{type, dims, row_major(dims), 0, static_cast<int>(plan.buffers.size()), false};
         Buffer buffer;
         buffer.bytes = static_cast<std::size_t>(count(dims)) * size_of(type);
+        if (buffer.bytes > Memory::most()) throw Error("a tensor of shape " + describe(dims) + " does not fit into this machine's memory");
         plan.buffers.push_back(std::move(buffer));
         return fact;
     }
@@ -55,6 +65,9 @@ struct Planner::State {
 
     // Carries out the steps from `begin` on, all of whose inputs are constants, and turns what they made into constants.
     void evaluate(std::size_t begin) {
+        for (const Buffer& buffer : plan.buffers)
+            if (!buffer.constant && buffer.first >= static_cast<int>(begin)) evaluated += buffer.bytes;
+        if (evaluated > most_evaluated) throw Unsupported("its constant result, with those before it, is too large to keep");
         std::vector<std::byte*> bases(plan.buffers.size(), nullptr);
         for (std::size_t i = 0; i < plan.buffers.size(); ++i) {
             Buffer& buffer = plan.buffers[i];
@@ -132,6 +145,7 @@ Fact Planner::make(int output, Type type, const Dims& dims, const std::vector<in
 }
 
 void Planner::alias(int output, const Fact& view) {
+    if (view.dims.size() > most_axes) throw Unsupported("its result has more than " + std::to_string(most_axes) + " axes");
     if (wants(output)) state_.facts[node().outputs[output]] = view;
 }
 

@@ -6,8 +6,11 @@
 #include <condition_variable>
 #include <exception>
 #include <mutex>
+#include <system_error>
 #include <thread>
 #include <vector>
+
+#include "error.hpp"
 
 #if defined(__x86_64__)
 #include <immintrin.h>
@@ -29,6 +32,28 @@ inline void relax() {
 #endif
 }
 
+// The regions that this thread is in a part of, from the innermost on: they may be of several pools.
+class Within {
+public:
+    explicit Within(const Pool* pool) : pool_(pool), outer_(innermost) { innermost = this; }
+    ~Within() { innermost = outer_; }
+    Within(const Within&) = delete;
+    Within& operator=(const Within&) = delete;
+
+    static bool a_part_of(const Pool* pool) {
+        for (const Within* each = innermost; each != nullptr; each = each->outer_)
+            if (each->pool_ == pool) return true;
+        return false;
+    }
+
+private:
+    static thread_local const Within* innermost;
+    const Pool* pool_;
+    const Within* outer_;
+};
+
+thread_local const Within* Within::innermost = nullptr;
+
 }  // namespace
 
 struct Pool::State {
@@ -49,7 +74,8 @@ struct Pool::State {
     std::mutex sleeping;
     std::condition_variable wake;
 
-    void take() {
+    void take(const Pool* pool) {
+        const Within within(pool);
         for (int part; (part = next.fetch_add(1, std::memory_order_relaxed)) < parts;) {
             try {
                 (*work)(part);
@@ -60,7 +86,7 @@ struct Pool::State {
         }
     }
 
-    void serve() {
+    void serve(const Pool* pool) {
         std::uint64_t seen = 0;
         while (true) {
             std::uint64_t now = region.load(std::memory_order_acquire);
@@ -77,31 +103,40 @@ struct Pool::State {
             }
             if (stop.load()) return;
             seen = now;
-            take();
+            take(pool);
             inside.fetch_sub(1, std::memory_order_release);
         }
+    }
+
+    void end() {
+        {
+            std::lock_guard<std::mutex> lock(sleeping);
+            stop.store(true);
+        }
+        wake.notify_all();
+        for (std::thread& worker : workers) worker.join();
     }
 };
 
 Pool::Pool(int threads) : state_(std::make_unique<State>()) {
-    for (int i = 1; i < threads; ++i) state_->workers.emplace_back([state = state_.get()] { state->serve(); });
+    try {
+        for (int i = 1; i < threads; ++i) state_->workers.emplace_back([this] { state_->serve(this); });
+    } catch (const std::system_error&) {
+        state_->end();  // those that have been started
+        throw Error("the system does not start " + std::to_string(threads) + " threads");
+    }
 }
 
-Pool::~Pool() {
-    {
-        std::lock_guard<std::mutex> lock(state_->sleeping);
-        state_->stop.store(true);
-    }
-    state_->wake.notify_all();
-    for (std::thread& worker : state_->workers) worker.join();
-}
+Pool::~Pool() { state_->end(); }
 
 int Pool::threads() const { return static_cast<int>(state_->workers.size()) + 1; }
 
 void Pool::run(int parts, const std::function<void(int)>& work) {
+    if (Within::a_part_of(this)) throw Error("a part of a parallel region asks for a region itself");
     State& state = *state_;
     std::unique_lock<std::mutex> lock(state.caller, std::try_to_lock);
     if (parts <= 1 || state.workers.empty() || !lock.owns_lock()) {
+        const Within within(this);
         for (int part = 0; part < parts; ++part) work(part);
         return;
     }
@@ -115,7 +150,7 @@ void Pool::run(int parts, const std::function<void(int)>& work) {
         { std::lock_guard<std::mutex> wait(state.sleeping); }
         state.wake.notify_all();
     }
-    state.take();
+    state.take(this);
     // Every worker passes through each region, so that none is still reading this one when the next begins.
     for (int i = 0; state.inside.load(std::memory_order_acquire) > 0; ++i) {
         if (i < spins)

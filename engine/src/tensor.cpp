@@ -1,6 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "tensor.hpp"
 
+#include <unistd.h>
+
 #include <array>
 #include <limits>
 
@@ -102,9 +104,15 @@ Dims row_major(const Dims& dims) {
     return strides;
 }
 
+std::size_t Memory::most() {
+    static const std::size_t bytes = static_cast<std::size_t>(sysconf(_SC_PHYS_PAGES)) * static_cast<std::size_t>(sysconf(_SC_PAGESIZE));
+    return bytes;
+}
+
 Memory::Memory(std::size_t bytes) : size_(bytes) {
+    // The system would promise more than it has, and end the process once it is asked to keep its word.
+    if (bytes > most()) throw Error(std::to_string(bytes) + " bytes do not fit into this machine's memory");
     const std::size_t room = (bytes / alignment + 1) * alignment + slack;
-    if (room < bytes) throw Error("a tensor of " + std::to_string(bytes) + " bytes does not fit into memory");
     auto* data = static_cast<std::byte*>(::operator new(room, std::align_val_t(alignment), std::nothrow));
     if (data == nullptr) throw Error("there is no memory for " + std::to_string(bytes) + " bytes");
     std::memset(data, 0, room);

@@ -33,6 +33,8 @@ template <> constexpr Type type_of<bool>() { return Type::boolean; }
 
 using Dims = std::vector<std::int64_t>;
 
+constexpr std::size_t most_axes = 64;  // far more than any network has; a file that asks for a million is up to no good
+
 std::int64_t count(const Dims& dims);     // product; throws Error where it overflows or a size is negative
 std::string describe(const Dims& dims);   // "1x3x224x224", or "a scalar"
 Dims row_major(const Dims& dims);         // strides in elements
@@ -46,6 +48,7 @@ public:
 
     Memory() = default;
     explicit Memory(std::size_t bytes);  // zeros; throws Error where there is not enough
+    static std::size_t most();           // bytes that this machine has: no model needs more
     std::byte* data() const { return data_.get(); }
     std::size_t size() const { return size_; }
 

@@ -11,8 +11,6 @@
 
 namespace featherweight {
 
-constexpr std::size_t most_axes = 64;  // far more than any network has; a file that asks for a million is up to no good
-
 // Where a model's tensors lie: in its own bytes, or in files beside it.
 class Storage {
 public:
