@@ -33,7 +33,7 @@ std::vector<Tensor> small_inputs(const Graph& graph) {
 
 extern "C" int LLVMFuzzerTestOneInput(const std::uint8_t* data, std::size_t size) {
     try {
-        Engine engine(read_onnx(reinterpret_cast<const std::byte*>(data), size, ""), Options{1, ""});
+        Engine engine(read_onnx(reinterpret_cast<const std::byte*>(data), size, ""), Options{1, "", {}});
         std::vector<Input> inputs;
         const std::vector<Tensor> tensors = small_inputs(engine.graph());
         for (const Tensor& tensor : tensors) inputs.push_back({tensor.type, tensor.dims, tensor.bytes()});

@@ -73,7 +73,7 @@ void compare(const Tensor& found, const Tensor& expected, const std::string& wha
 void check(const Graph& graph, const Tensor& x, const Tensor& expected, const std::string& what) {
     for (const std::string& set : instruction_sets())
         for (const int threads : {1, 3}) {
-            Engine engine(graph, Options{threads, set});
+            Engine engine(graph, Options{threads, set, {}});
             compare(engine.run({{Type::f32, x.dims, x.bytes()}})[0], expected, what + ", " + set + ", " + std::to_string(threads) + " threads");
         }
 }
@@ -128,12 +128,12 @@ void many_callers() {
     const Tensor w = filled({64, 48}, 0.8);
     const Graph graph = graph_of("MatMul", {w}, {});
     std::vector<Tensor> inputs, expected;
-    Engine alone(graph, Options{1, ""});
+    Engine alone(graph, Options{1, "", {}});
     for (const std::int64_t tokens : {1, 5, 33, 100, 7, 64, 2, 3, 4, 90}) {  // more shapes than plans are kept
         inputs.push_back(filled({tokens, 64}));
         expected.push_back(alone.run({{Type::f32, inputs.back().dims, inputs.back().bytes()}})[0]);
     }
-    Engine one(graph, Options{3, ""}), other(graph, Options{2, ""});
+    Engine one(graph, Options{3, "", {}}), other(graph, Options{2, "", {}});
     std::vector<std::thread> callers;
     for (int caller = 0; caller < 6; ++caller)
         callers.emplace_back([&, caller] {
