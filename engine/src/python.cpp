@@ -7,6 +7,7 @@
 #include <nanobind/stl/vector.h>
 
 #include "engine.hpp"
+#include "fuse.hpp"
 
 namespace nb = nanobind;
 using namespace featherweight;
@@ -144,6 +145,13 @@ NB_MODULE(_core, m) {
                          return made;
                      },
                      "(domain, op, name, names of the outputs) of each node that is left after fusing, in the order of running.")
+        .def_prop_ro("finishes",
+                     [](const Engine& self) {
+                         std::vector<std::string> made;
+                         for (const Node& node : self.graph().nodes) made.push_back(describe(self.graph(), node.finish));
+                         return nb::cast(made);
+                     },
+                     "For each of `nodes` what was fused into its end: \"+ value, relu\", or nothing.")
         .def_prop_ro("instruction_set", [](const Engine& self) { return std::string(self.instruction_set()); })
         .def_prop_ro("threads", &Engine::threads)
         .def("run",

@@ -161,6 +161,20 @@ struct Rules {
         return made;
     }
 
+    // Axes that are reduced and kept are of one element.
+    std::optional<Dims> reduced(const Node& node) const {
+        if (!dims(node, 0) || node.integer("keepdims", 1) == 0) return std::nullopt;
+        Dims made = *dims(node, 0);
+        const auto axes = node.inputs.size() > 1 ? integers(node, 1) : std::optional(node.integers("axes"));
+        if (!axes || axes->empty()) return std::nullopt;
+        for (std::int64_t axis : *axes) {
+            const std::int64_t rank = static_cast<std::int64_t>(made.size());
+            if (axis < -rank || axis >= rank) return std::nullopt;
+            made[axis < 0 ? axis + rank : axis] = 1;
+        }
+        return made;
+    }
+
     std::optional<Dims> pooled_whole(const Node& node) const {
         if (!dims(node, 0) || dims(node, 0)->size() < 2) return std::nullopt;
         Dims made = *dims(node, 0);
@@ -179,6 +193,7 @@ struct Rules {
         if (node.op == "Conv") return conv(node);
         if (node.op == "MaxPool" || node.op == "AveragePool") return windowed(node, node.integers("kernel_shape"));
         if (node.op == "GlobalAveragePool" || node.op == "GlobalMaxPool") return pooled_whole(node);
+        if (node.op.compare(0, 6, "Reduce") == 0) return reduced(node);
         if (node.op == "MatMul") return matmul(node);
         if (node.op == "Gemm") return gemm(node);
         if (node.op == "Transpose") return transpose(node);
