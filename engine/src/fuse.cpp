@@ -146,7 +146,8 @@ bool take_residual(Edit& edit, int number) {
         if (node->op == "Gemm" && node->inputs.size() > 2 && node->inputs[2] >= 0)
             if (const Tensor* bias = edit.constant(node->inputs[2]); bias == nullptr || bias->dims.size() > 1) continue;
         const Node* other = chosen < 0 ? nullptr : edit.maker(add.inputs[chosen]);
-        if (other == nullptr || (products && (!is_product(*other) || edit.place(add.inputs[i]) > edit.place(add.inputs[chosen])))) chosen = i;
+        const bool later = chosen < 0 || edit.place(add.inputs[i]) > edit.place(add.inputs[chosen]);
+        if (other == nullptr || (products && (!is_product(*other) || later))) chosen = i;
     }
     if (chosen < 0) return false;
     Node made = *edit.maker(add.inputs[chosen]);

@@ -25,7 +25,7 @@ struct Factors {
     double scale = 1;
     std::vector<int> values;
 
-    bool are(double number, std::initializer_list<int> others) const { return near(scale, number) && std::equal(values.begin(), values.end(), others.begin(), others.end()); }
+    bool are(double number, const std::vector<int>& others) const { return near(scale, number) && values == others; }
 };
 
 bool is_power(const Edit& edit, const Node& pow, double exponent) {
@@ -170,8 +170,7 @@ std::optional<Node> gated(const Edit& edit, const Node& node, double scale, int 
         if (hard->inputs[0] == x && near(hard->real("alpha", 0.2f), 1.0 / 6) && hard->real("beta", 0.5f) == 0.5f)
             return instead(node, "HardSwish", {x});
     if (near(scale, 1.0 / 6) && clipped_to_six(edit, gate) == x) return instead(node, "HardSwish", {x});
-    if (near(scale, 1))
-        if (const int soft = argument(edit, gate, "Tanh"); soft >= 0 && argument(edit, soft, "Softplus") == x) return instead(node, "Mish", {x});
+    if (near(scale, 1) && argument(edit, argument(edit, gate, "Tanh"), "Softplus") == x) return instead(node, "Mish", {x});
     if (near(scale, 0.5)) {
         const int f = plus(edit, gate, 1);
         if (const int a = argument(edit, f, "Erf"); a >= 0 && factors(edit, a).are(std::sqrt(0.5), {x})) return instead(node, "Gelu", {x});
@@ -234,9 +233,8 @@ int under_root(const Edit& edit, int value, bool inverse) {
     return -1;
 }
 
-bool is_centred(const Edit& edit, const Node& sub, std::int64_t from) {
-    const Node* mean = made_by(edit, sub.inputs[1], "ReduceMean", 1);
-    return mean != nullptr && mean->inputs[0] == sub.inputs[0] && mean_from(edit, sub.inputs[1]) == from;
+bool is_centred(const Edit& edit, const Node* sub, std::int64_t from) {
+    return sub != nullptr && argument(edit, sub->inputs[1], "ReduceMean") == sub->inputs[0] && mean_from(edit, sub->inputs[1]) == from;
 }
 
 // d / sqrt(mean(d^2) + epsilon), d being x - mean(x) or x.
@@ -253,7 +251,7 @@ std::optional<Node> norm(const Edit& edit, const Node& node) {
             const int t = squared(edit, edit.maker(add->inputs[1 - j])->inputs[0]);
             const Node *sub = made_by(edit, d, "Sub", 2), *other = made_by(edit, t, "Sub", 2);
             const std::map<std::string, Attribute> attributes = {{"axis", integer(*from)}, {"epsilon", real(*epsilon)}};
-            if (sub != nullptr && other != nullptr && sub->inputs == other->inputs && is_centred(edit, *sub, *from) && is_centred(edit, *other, *from))
+            if (is_centred(edit, sub, *from) && is_centred(edit, other, *from) && sub->inputs[0] == other->inputs[0])
                 return instead(node, "LayerNormalization", {sub->inputs[0]}, attributes);
             if (t >= 0 && t == d) return instead(node, "RMSNormalization", {d}, attributes);
         }

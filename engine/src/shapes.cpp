@@ -155,7 +155,8 @@ struct Rules {
         if (axis < 0 || axis >= static_cast<std::int64_t>(made.size())) return std::nullopt;
         for (std::size_t input = 1; input < node.inputs.size(); ++input) {
             const auto& more = dims(node, input);
-            if (!more || more->size() != made.size() || (*more)[axis] < 0 || made[axis] < 0 || made[axis] > most || (*more)[axis] > most) return std::nullopt;
+            if (!more || more->size() != made.size()) return std::nullopt;
+            if (std::min((*more)[axis], made[axis]) < 0 || std::max((*more)[axis], made[axis]) > most) return std::nullopt;
             made[axis] += (*more)[axis];
         }
         return made;
@@ -186,7 +187,7 @@ struct Rules {
         static const std::set<std::string> same = {
             "Relu", "Clip", "Sigmoid", "Tanh", "LeakyRelu", "Erf", "Sqrt", "Exp", "Log", "Neg", "Abs", "Reciprocal", "Softplus", "Softmax",
             "LogSoftmax", "LayerNormalization", "RMSNormalization", "BatchNormalization", "InstanceNormalization", "GroupNormalization",
-            "Gelu", "HardSwish", "HardSigmoid", "Swish", "Mish", "Elu", "Selu", "PRelu", "Identity", "Dropout", "LRN", "LpNormalization", "Cast"};
+            "Gelu", "HardSwish", "HardSigmoid", "Swish", "Mish", "Elu", "Selu", "Identity", "Dropout", "LpNormalization", "Cast"};
         static const std::set<std::string> joining = {"Add", "Sub", "Mul", "Div", "Pow", "Max", "Min", "Sum"};
         if (same.count(node.op) != 0) return dims(node, 0);
         if (joining.count(node.op) != 0) return broadcast(node);
@@ -205,9 +206,9 @@ struct Rules {
 
     std::optional<Type> type(const Node& node) const {
         // Ops whose first output is not of their first input's type.
-        static const std::set<std::string> others = {"Cast", "CastLike", "Shape", "Size", "Where", "Equal", "Greater", "Less", "GreaterOrEqual",
-                                                     "LessOrEqual", "Not", "And", "Or", "IsNaN", "IsInf", "ArgMax", "ArgMin", "NonZero",
-                                                     "ConstantOfShape", "OneHot", "EyeLike", "QuantizeLinear", "DequantizeLinear"};
+        static const std::set<std::string> others = {
+            "Cast", "CastLike", "Shape", "Size", "Where", "Equal", "Greater", "Less", "GreaterOrEqual", "LessOrEqual", "Not", "And", "Or",
+            "IsNaN", "IsInf", "ArgMax", "ArgMin", "NonZero", "ConstantOfShape", "OneHot", "EyeLike", "QuantizeLinear", "DequantizeLinear"};
         if (others.count(node.op) != 0 || node.inputs.empty() || node.inputs[0] < 0) return std::nullopt;
         return known[node.inputs[0]].type;
     }

@@ -3,8 +3,9 @@
 
 from __future__ import annotations
 
-import io
 import math
+import tempfile
+from pathlib import Path
 from typing import Any
 
 import onnx
@@ -21,9 +22,10 @@ def exported(module: nn.Module, inputs: tuple[Tensor, ...], *, opset: int = 18, 
             program = torch.onnx.export(module, inputs, dynamo=True, opset_version=opset, verbose=False)
             assert program is not None
             return program.model_proto
-        stream = io.BytesIO()
-        torch.onnx.export(module, inputs, stream, dynamo=False, opset_version=opset)
-        return onnx.load_from_string(stream.getvalue())
+        with tempfile.TemporaryDirectory() as folder:
+            path = Path(folder, "model.onnx")
+            torch.onnx.export(module, inputs, path, dynamo=False, opset_version=opset)
+            return onnx.load(path)
 
 
 def settled(module: nn.Module, seed: int = 0) -> nn.Module:
@@ -62,7 +64,9 @@ class Bottleneck(nn.Module):
         self.conv3, self.bn3 = nn.Conv2d(width, 4 * width, 1, bias=False), nn.BatchNorm2d(4 * width)
         self.downsample: nn.Module | None = None
         if stride != 1 or inputs != 4 * width:
-            self.downsample = nn.Sequential(nn.Conv2d(inputs, 4 * width, 1, stride, bias=False), nn.BatchNorm2d(4 * width))
+            self.downsample = nn.Sequential(
+                nn.Conv2d(inputs, 4 * width, 1, stride, bias=False), nn.BatchNorm2d(4 * width)
+            )
 
     def forward(self, x: Tensor) -> Tensor:
         kept = x if self.downsample is None else self.downsample(x)
@@ -71,7 +75,9 @@ class Bottleneck(nn.Module):
         return torch.relu(self.bn3(self.conv3(x)) + kept)
 
 
-def resnet(width: int = 8, depths: tuple[int, ...] = (2, 1), size: int = 32, classes: int = 10, batch: int = 1) -> Network:
+def resnet(
+    width: int = 8, depths: tuple[int, ...] = (2, 1), size: int = 32, classes: int = 10, batch: int = 1
+) -> Network:
     """`width=64, depths=(3, 4, 6, 3), size=224, classes=1000` is ResNet-50."""
     layers: list[nn.Module] = [
         nn.Conv2d(3, width, 7, 2, 3, bias=False),
@@ -272,8 +278,8 @@ class Block(nn.Module):
             made: Tensor = x + self.mlp(self.norm2(x))
             return made
         x = self.norm1(x + self.attention(x, mask))
-        made = self.norm2(x + self.mlp(x))
-        return made
+        behind: Tensor = self.norm2(x + self.mlp(x))
+        return behind
 
 
 class ViT(nn.Module):
@@ -310,7 +316,7 @@ class Bert(nn.Module):
         self.blocks = nn.ModuleList(Block(width, heads, False, gelu) for _ in range(depth))
 
     def forward(self, ids: Tensor, attended: Tensor) -> Tensor:
-        x = self.norm(self.words(ids) + self.positions.weight[: ids.shape[1]])
+        x: Tensor = self.norm(self.words(ids) + self.positions.weight[: ids.shape[1]])
         mask = (1.0 - attended[:, None, None, :].float()) * torch.finfo(torch.float32).min
         for block in self.blocks:
             x = block(x, mask)
@@ -318,7 +324,13 @@ class Bert(nn.Module):
 
 
 def bert(
-    width: int = 32, depth: int = 2, heads: int = 4, tokens: int = 24, words: int = 100, batch: int = 2, tanh: bool = False
+    width: int = 32,
+    depth: int = 2,
+    heads: int = 4,
+    tokens: int = 24,
+    words: int = 100,
+    batch: int = 2,
+    tanh: bool = False,
 ) -> Network:
     """`width=384, depth=6, heads=12` and `width=768, depth=12, heads=12`, 128 tokens, are MiniLM's and BERT-base's encoders."""
     generator = torch.Generator().manual_seed(0)

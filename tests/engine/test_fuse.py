@@ -24,6 +24,10 @@ def array(*dims: int, seed: int = 0) -> NDArray[np.float32]:
     return np.random.default_rng(seed).standard_normal(dims, dtype=np.float32)
 
 
+def number(value: float) -> NDArray[np.float32]:
+    return np.array(value, np.float32)
+
+
 def fused(made: onnx.ModelProto) -> list[tuple[str, str]]:
     """Ops that are left, each with what went into its end."""
     session = core.Engine(made.SerializeToString())
@@ -45,8 +49,13 @@ def expect(
 
 
 X = array(2, 6, 9, 10)
-CONV = {"w": array(6, 6, 3, 3, seed=1) * 0.2, "b": array(6, seed=2)}
-NORM = {"s": array(6, seed=3), "c": array(6, seed=4), "m": array(6, seed=5), "v": np.abs(array(6, seed=6)) + 0.1}
+CONV: dict[str, NDArray[Any]] = {"w": array(6, 6, 3, 3, seed=1) * 0.2, "b": array(6, seed=2)}
+NORM: dict[str, NDArray[Any]] = {
+    "s": array(6, seed=3),
+    "c": array(6, seed=4),
+    "m": array(6, seed=5),
+    "v": np.abs(array(6, seed=6)) + 0.1,
+}
 
 
 def conv(output: str = "y", x: str = "x", bias: bool = True, **attributes: Any) -> onnx.NodeProto:
@@ -80,7 +89,12 @@ def test_batch_norm_goes_into_a_gemm(turned: int) -> None:
 
 def test_batch_norm_of_channels_far_from_one_is_exact() -> None:
     """Folded in float32 step by step, this would lose what double keeps."""
-    constants = CONV | {"s": np.full(6, 1e-3, np.float32), "v": np.full(6, 1e4, np.float32), "m": np.full(6, 3e3, np.float32), "c": NORM["c"]}
+    constants = CONV | {
+        "s": np.full(6, 1e-3, np.float32),
+        "v": np.full(6, 1e4, np.float32),
+        "m": np.full(6, 3e3, np.float32),
+        "c": NORM["c"],
+    }
     expect([conv("t"), batch_norm("t")], [("Conv", "")], X, constants)
 
 
@@ -95,14 +109,20 @@ def test_arithmetic_by_channel_goes_into_a_conv(op: str, shape: tuple[int, ...])
 
 @pytest.mark.parametrize("shape", [(10,), (9, 1), (6, 9, 10), (2, 6, 1, 1), (1, 1, 6, 1, 1)])
 def test_other_constants_stay_arithmetic(shape: tuple[int, ...]) -> None:
-    assert [op for op, _ in fused(model([conv("t"), node("Mul", ["t", "k"])], {"x": X}, ["y"], CONV | {"k": array(*shape)}))] == ["Conv", "Mul"]
+    assert [
+        op for op, _ in fused(model([conv("t"), node("Mul", ["t", "k"])], {"x": X}, ["y"], CONV | {"k": array(*shape)}))
+    ] == ["Conv", "Mul"]
     constants = CONV | {"k": array(*shape)}
     if len(shape) < 5:
-        check(model([conv("t"), node("Mul", ["t", "k"])], {"x": X}, ["y"], constants), {"x": X}, instruction_sets=FIRST_SET)
+        check(
+            model([conv("t"), node("Mul", ["t", "k"])], {"x": X}, ["y"], constants),
+            {"x": X},
+            instruction_sets=FIRST_SET,
+        )
 
 
 def test_a_number_less_a_conv_stays() -> None:
-    constants = CONV | {"k": np.float32(2)}
+    constants = CONV | {"k": number(2)}
     expect([conv("t"), node("Sub", ["k", "t"])], [("Conv", ""), ("Sub", "")], X, constants)
     assert fused(model([conv("t"), node("Div", ["k", "t"])], {"x": X}, ["y"], constants)) == [("Conv", ""), ("Div", "")]
 
@@ -176,7 +196,7 @@ def test_hosts_of_an_activation(host: str) -> None:
 
 
 def test_clip_with_bounds_of_either_kind() -> None:
-    bounds = {"low": np.float32(-0.2), "high": np.float32(0.7)}
+    bounds = {"low": number(-0.2), "high": number(0.7)}
     expect([conv("t"), node("Clip", ["t", "low", "high"])], [("Conv", "clip")], X, CONV | bounds)
     expect([conv("t"), node("Clip", ["t", "", "high"])], [("Conv", "clip")], X, CONV | bounds)
     expect([conv("t"), node("Clip", ["t", "low"])], [("Conv", "clip")], X, CONV | bounds)
@@ -189,7 +209,7 @@ def test_clip_with_bounds_of_either_kind() -> None:
 def test_clip_of_integers_stays_by_itself() -> None:
     x = np.arange(6, dtype=np.int64)
     nodes = [node("Add", ["x", "one"], outputs=["t"]), node("Clip", ["t", "low", "high"])]
-    constants = {"one": np.int64(1), "low": np.int64(2), "high": np.int64(4)}
+    constants = {"one": np.array(1), "low": np.array(2), "high": np.array(4)}
     made = model(nodes, {"x": x}, ["y"], constants)
     assert fused(made) == [("Add", ""), ("Clip", "")]
     check(made, {"x": x}, instruction_sets=FIRST_SET)
@@ -200,7 +220,9 @@ def test_an_activation_of_what_is_an_output_stays() -> None:
 
 
 def test_one_activation_is_fused_and_the_next_stays() -> None:
-    expect([conv("t"), node("Relu", ["t"], outputs=["u"]), node("Tanh", ["u"])], [("Conv", "relu"), ("Tanh", "")], X, CONV)
+    expect(
+        [conv("t"), node("Relu", ["t"], outputs=["u"]), node("Tanh", ["u"])], [("Conv", "relu"), ("Tanh", "")], X, CONV
+    )
 
 
 # ---- residuals
@@ -272,13 +294,6 @@ def test_sums_of_integers_are_not_fused() -> None:
 
 # ---- pieces
 
-HALF, ONE, TWO, THREE, SIX = (np.float32(n) for n in (0.5, 1, 2, 3, 6))
-ROOT = np.float32(math.sqrt(2))
-NUMBERS = {
-    "half": HALF, "one": ONE, "two": TWO, "three": THREE, "six": SIX, "zero": np.float32(0), "root": ROOT, "inverse": 1 / ROOT,
-    "pi": np.float32(math.sqrt(2 / math.pi)), "cubic": np.float32(0.044715), "sixth": np.float32(1 / 6), "eps": np.float32(1e-5),
-}  # fmt: skip
-
 
 def chain(*lines: str) -> list[onnx.NodeProto]:
     """Nodes from lines such as "t = Mul x half"."""
@@ -290,6 +305,20 @@ def chain(*lines: str) -> list[onnx.NodeProto]:
     return made
 
 
+NUMBERS: dict[str, NDArray[Any]] = {
+    "half": number(0.5),
+    "one": number(1),
+    "two": number(2),
+    "three": number(3),
+    "six": number(6),
+    "zero": number(0),
+    "root": number(math.sqrt(2)),
+    "inverse": number(math.sqrt(0.5)),
+    "pi": number(math.sqrt(2 / math.pi)),
+    "cubic": number(0.044715),
+    "sixth": number(1 / 6),
+    "eps": number(1e-5),
+}
 GELU = {
     "legacy": ("a = Div x root", "e = Erf a", "p = Add e one", "m = Mul x p", "y = Mul m half"),
     "dynamo": ("a = Div x root", "e = Erf a", "p = Add e one", "h = Mul half p", "y = Mul x h"),
@@ -322,7 +351,9 @@ def test_activations_in_pieces(name: str) -> None:
     expect(chain(*OTHERS[name]), [(name.split()[-1], "")], array(3, 40) * 3, NUMBERS)
 
 
-@pytest.mark.parametrize(("name", "lines"), [("gelu", GELU["dynamo"]), ("silu", OTHERS["Swish"]), ("hard_swish", OTHERS["HardSwish"])])
+@pytest.mark.parametrize(
+    ("name", "lines"), [("gelu", GELU["dynamo"]), ("silu", OTHERS["Swish"]), ("hard_swish", OTHERS["HardSwish"])]
+)
 def test_pieces_go_into_a_product(name: str, lines: Sequence[str]) -> None:
     nodes = [node("MatMul", ["z", "w"], outputs=["u"]), node("Add", ["u", "b"], outputs=["x"]), *chain(*lines)]
     constants = NUMBERS | {"w": array(20, 40), "b": array(40)}
@@ -353,7 +384,9 @@ def test_what_is_nearly_an_activation_stays_in_pieces(lines: Sequence[str]) -> N
 
 def test_a_constant_that_adds_an_axis_is_no_number() -> None:
     x = np.array(0.3, np.float32)
-    made = model(chain("s = Sigmoid x", "h = Mul x wide", "y = Mul h s"), {"x": x}, ["y"], {"wide": np.ones((1, 1), np.float32)})
+    made = model(
+        chain("s = Sigmoid x", "h = Mul x wide", "y = Mul h s"), {"x": x}, ["y"], {"wide": np.ones((1, 1), np.float32)}
+    )
     check(made, {"x": x}, instruction_sets=FIRST_SET)
 
 
@@ -387,7 +420,15 @@ def test_layer_norm_in_pieces_of_positive_axes() -> None:
 @pytest.mark.parametrize("last", ["n = Div x r", "n = Mul x i"])
 def test_rms_norm_in_pieces(last: str) -> None:
     x = array(3, 5, 20)
-    lines = ["q = Pow x two", "v = ReduceMean q axes", "a = Add v eps", "r = Sqrt a", "i = Reciprocal r", last, "y = Mul g n"]
+    lines = [
+        "q = Pow x two",
+        "v = ReduceMean q axes",
+        "a = Add v eps",
+        "r = Sqrt a",
+        "i = Reciprocal r",
+        last,
+        "y = Mul g n",
+    ]
     expect(chain(*lines), [("RMSNormalization", "")], x, NUMBERS | MEAN | {"g": array(20, seed=1)})
 
 
@@ -395,7 +436,12 @@ def test_rms_norm_in_pieces(last: str) -> None:
 
 
 def test_identities_go_and_outputs_keep_their_names() -> None:
-    nodes = [node("Identity", ["x"], outputs=["a"]), node("Dropout", ["a"], outputs=["d"]), conv("t", "d"), node("Identity", ["t"])]
+    nodes = [
+        node("Identity", ["x"], outputs=["a"]),
+        node("Dropout", ["a"], outputs=["d"]),
+        conv("t", "d"),
+        node("Identity", ["t"]),
+    ]
     made = model(nodes, {"x": X}, ["y"], CONV)
     assert fused(made) == [("Conv", ""), ("Identity", "")]
     check(made, {"x": X}, instruction_sets=FIRST_SET)

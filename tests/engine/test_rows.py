@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Reductions, Softmax and norms against ONNX Runtime, over any axes and any strides."""
 
+from typing import Any
+
 import numpy as np
 import onnx
 import pytest
@@ -84,7 +86,7 @@ def test_a_sum_of_exponentials_neither_overflows_nor_vanishes() -> None:
 @pytest.mark.parametrize("dtype", [np.int64, np.int32])
 @pytest.mark.parametrize("op", ["ReduceSum", "ReduceProd", "ReduceMax", "ReduceMin"])
 def test_integers(op: str, dtype: type) -> None:
-    x = np.random.default_rng(0).integers(-9, 9, (4, 3, 2)).astype(dtype)
+    x: NDArray[Any] = np.random.default_rng(0).integers(-9, 9, (4, 3, 2)).astype(dtype)
     for axes in ([0], [1, 2], [0, 1, 2]):
         check(model([node(op, ["x", "axes"])], {"x": x}, ["y"], {"axes": np.array(axes)}), {"x": x})
 

@@ -131,7 +131,8 @@ struct FoldColumns {
 };
 
 template <Fold kind>
-static void fold_columns_as(const float* in, std::ptrdiff_t step, std::ptrdiff_t n, std::ptrdiff_t columns, const float* shift, float* out) {
+static void fold_columns_as(const float* in, std::ptrdiff_t step, std::ptrdiff_t n, std::ptrdiff_t columns, const float* shift,
+                            float* out) {
     // Through room of its own, so that a block that is computed twice is joined once.
     constexpr std::ptrdiff_t most = 64 * lanes;
     float made[most];
@@ -222,8 +223,10 @@ struct SoftmaxColumns {
             for (int t = 0; t < width; ++t) sum[t] = logarithms(sum[t]);
             for (std::ptrdiff_t i = 0; i < n; ++i)
 #pragma GCC unroll 4
-                for (int t = 0; t < width; ++t)
-                    some<whole>(out + i * out_step + j + t * lanes, some<whole>(in + i * step + j + t * lanes, there) - top[t] - sum[t], there);
+                for (int t = 0; t < width; ++t) {
+                    const Vec x = some<whole>(in + i * step + j + t * lanes, there);
+                    some<whole>(out + i * out_step + j + t * lanes, x - top[t] - sum[t], there);
+                }
             return;
         }
 #pragma GCC unroll 4
@@ -364,7 +367,10 @@ static void pool_line(const float* in, const std::int64_t* lines, int count, flo
     const int reach = (line.outputs - 1) * line.stride + (line.taps - 1) * line.dilation + 1 - line.pad;
     const int width = reach < line.width ? reach : line.width;  // what is right of it no window reaches
     const bool halves = line.stride == 2;
-    const auto place = [&](int x) { return halves ? scratch + ((line.pad + x) & 1) * line.phase + ((line.pad + x) >> 1) : scratch + line.pad + x; };
+    const auto place = [&](int x) {
+        const int at = line.pad + x;
+        return halves ? scratch + (at & 1) * line.phase + (at >> 1) : scratch + at;
+    };
     const int piece = halves ? 2 * lanes : lanes;
     int x = 0;
     while (x < width) {

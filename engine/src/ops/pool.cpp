@@ -78,59 +78,70 @@ std::vector<WindowAxis> window(const Node& node, const Fact& x) {
     return axes;
 }
 
-void pool(Planner& planner, bool average, bool with_padding) {
-    if (planner.wants(1)) throw Unsupported("its second output, Indices");
-    if (float_input(planner).rank() < 3) throw Unsupported("its input has no axes but batch and channels");
-    const std::vector<WindowAxis> axes = window(planner.node(), planner.in(0));
-    const WindowAxis& last = axes.back();
-    const Fact x = planner.dense(planner.in(0));
-    Dims dims = {x.dims[0], x.dims[1]};
-    for (const WindowAxis& axis : axes) dims.push_back(axis.outputs);
+// For each line of outputs of a plane: the lines of input that its windows reach, and how many of them an average counts.
+struct Reached {
+    std::vector<std::int64_t> lines, start;  // of line i: [start[i], start[i + 1])
+    std::vector<float> divisor;              // by line of outputs
+    std::vector<float> counts;               // by output along a line
+};
 
-    // For each line of outputs of a plane: the lines of input that its windows reach, and how many an average counts.
-    struct Table {
-        std::vector<std::int64_t> lines, start;  // of line i: [start[i], start[i + 1])
-        std::vector<float> divisor, counts;      // by line of outputs; by output along it
+Reached reached_lines(const std::vector<WindowAxis>& axes, bool with_padding) {
+    const auto counted = [&](const WindowAxis& axis, std::int64_t output) {
+        return with_padding ? axis.padded(output) : static_cast<std::int64_t>(axis.reached(output).size());
     };
-    auto table = std::make_shared<Table>();
-    table->start.push_back(0);
+    const WindowAxis& last = axes.back();
+    Reached made;
+    made.start.push_back(0);
     std::int64_t lines = 1;
     for (std::size_t i = 0; i + 1 < axes.size(); ++i) lines *= axes[i].outputs;
     for (std::int64_t line = 0; line < lines; ++line) {
         std::vector<std::int64_t> offsets = {0};
-        std::int64_t rest = line, counted = 1, pitch = last.size;
+        std::int64_t rest = line, divisor = 1, pitch = last.size;
         for (std::size_t i = axes.size() - 1; i-- > 0;) {
             const std::int64_t output = rest % axes[i].outputs;
             rest /= axes[i].outputs;
-            const std::vector<std::int64_t> reached = axes[i].reached(output);
             std::vector<std::int64_t> more;
-            for (std::int64_t at : reached)
+            for (std::int64_t at : axes[i].reached(output))
                 for (std::int64_t offset : offsets) more.push_back(offset + at * pitch);
             offsets = more;
             pitch *= axes[i].size;
-            counted *= with_padding ? axes[i].padded(output) : static_cast<std::int64_t>(reached.size());
+            divisor *= counted(axes[i], output);
         }
         std::sort(offsets.begin(), offsets.end());
-        table->lines.insert(table->lines.end(), offsets.begin(), offsets.end());
-        table->start.push_back(static_cast<std::int64_t>(table->lines.size()));
-        table->divisor.push_back(static_cast<float>(counted));
+        made.lines.insert(made.lines.end(), offsets.begin(), offsets.end());
+        made.start.push_back(static_cast<std::int64_t>(made.lines.size()));
+        made.divisor.push_back(static_cast<float>(divisor));
     }
-    for (std::int64_t output = 0; output < last.outputs; ++output) {
-        const std::int64_t counted = with_padding ? last.padded(output) : static_cast<std::int64_t>(last.reached(output).size());
-        table->counts.push_back(static_cast<float>(std::max<std::int64_t>(counted, 1)));
-    }
+    for (std::int64_t output = 0; output < last.outputs; ++output)
+        made.counts.push_back(static_cast<float>(std::max<std::int64_t>(counted(last, output), 1)));
+    return made;
+}
 
+int parts_of(std::int64_t lines, std::int64_t elements, std::int64_t least, int threads) {
+    const std::int64_t most = std::min<std::int64_t>(threads, std::max<std::int64_t>(lines, 1));
+    return static_cast<int>(std::clamp<std::int64_t>(elements / least, 1, most));
+}
+
+void pool(Planner& planner, bool average, bool with_padding) {
+    if (planner.wants(1)) throw Unsupported("its second output, Indices");
+    if (float_input(planner).rank() < 3) throw Unsupported("its input has no axes but batch and channels");
+    const std::vector<WindowAxis> axes = window(planner.node(), planner.in(0));
+    const WindowAxis last = axes.back();
+    const Fact x = planner.dense(planner.in(0));
+    Dims dims = {x.dims[0], x.dims[1]};
+    for (const WindowAxis& axis : axes) dims.push_back(axis.outputs);
     const Fact y = planner.make(0, Type::f32, dims);
-    const int phase = pool_phase(static_cast<int>(last.outputs), static_cast<int>(last.taps), static_cast<int>(last.stride),
-                                 static_cast<int>(last.dilation));
-    const int room = pool_floats(phase, static_cast<int>(last.stride));
-    const std::int64_t planes = dims[0] * dims[1], plane = planes == 0 ? 0 : x.size() / planes, work = planes * lines;
-    constexpr std::int64_t least = 1 << 13;
-    const int parts = static_cast<int>(std::clamp<std::int64_t>(y.size() / least, 1, std::min<std::int64_t>(planner.threads(), std::max<std::int64_t>(work, 1))));
+    const auto reached = std::make_shared<const Reached>(reached_lines(axes, with_padding));
+    const auto number = [](std::int64_t value) { return static_cast<int>(value); };
+    PoolLine shape{number(last.size), number(last.outputs), number(last.taps), number(last.stride), number(last.dilation),
+                   number(last.begin), 0, nullptr};
+    shape.phase = pool_phase(shape.outputs, shape.taps, shape.stride, shape.dilation);
+    if (average) shape.counts = reached->counts.data();
+    const int room = pool_floats(shape.phase, shape.stride);
+    const std::int64_t lines = number(reached->divisor.size()), planes = dims[0] * dims[1], plane = planes == 0 ? 0 : x.size() / planes;
+    const int parts = parts_of(planes * lines, y.size(), 1 << 13, planner.threads());
     const Fact scratch = planner.scratch(Type::f32, {parts, room});
     const float empty = average ? 0.0f : -std::numeric_limits<float>::infinity();
-    const PoolLine shape{static_cast<int>(last.size), static_cast<int>(last.outputs),  static_cast<int>(last.taps),
-                         static_cast<int>(last.stride), static_cast<int>(last.dilation), static_cast<int>(last.begin), phase, nullptr};
     double taps = 0;
     for (const WindowAxis& axis : axes) taps += static_cast<double>(axis.taps);
     planner.step(
@@ -138,20 +149,18 @@ void pool(Planner& planner, bool average, bool with_padding) {
         [=](Frame& frame) {
             const float* from = frame.at<float>(x);
             float* to = frame.at<float>(y);
-            PoolLine line = shape;
-            if (average) line.counts = table->counts.data();
             frame.pool.run(parts, [&](int part) {
                 float* own = frame.at<float>(scratch) + static_cast<std::int64_t>(part) * room;
                 std::fill_n(own, room, empty);
-                for (std::int64_t i = work * part / parts; i < work * (part + 1) / parts; ++i) {
-                    const std::int64_t start = table->start[i % lines];
-                    const int reached = static_cast<int>(table->start[i % lines + 1] - start);
+                for (std::int64_t i = planes * lines * part / parts; i < planes * lines * (part + 1) / parts; ++i) {
+                    const std::int64_t line = i % lines, start = reached->start[line];
+                    const int there = static_cast<int>(reached->start[line + 1] - start);
                     float* out = to + i * last.outputs;
-                    if (reached == 0)
+                    const float* in = from + i / lines * plane;
+                    if (there == 0)
                         std::fill_n(out, last.outputs, empty);
                     else
-                        frame.kernels.rows.pool(from + i / lines * plane, table->lines.data() + start, reached, table->divisor[i % lines], line,
-                                                own, out);
+                        frame.kernels.rows.pool(in, reached->lines.data() + start, there, reached->divisor[line], shape, own, out);
                 }
             });
         },
@@ -274,8 +283,7 @@ void resample(Planner& planner, const std::vector<Sampled>& axes, const Dims& di
                 const RowKernels& kernels = frame.kernels.rows;
                 const float* from = frame.at<float>(x);
                 float* to = frame.at<float>(y);
-                constexpr std::int64_t least = 1 << 14;
-                const int parts = static_cast<int>(std::clamp<std::int64_t>(lines * size / least, 1, std::min<std::int64_t>(frame.pool.threads(), std::max<std::int64_t>(lines, 1))));
+                const int parts = parts_of(lines, lines * size, 1 << 14, frame.pool.threads());
                 const float* weights = table->weights.empty() ? nullptr : table->weights.data();
                 frame.pool.run(parts, [&](int part) {
                     for (std::int64_t i = lines * part / parts; i < lines * (part + 1) / parts; ++i) {
@@ -310,7 +318,7 @@ void resize_to(Planner& planner, const Sampling& how, const std::vector<int>& ax
                const std::vector<std::int64_t>& sizes) {
     const Fact x = float_input(planner);
     Dims dims = x.dims;
-    if ((scales.empty() ? sizes.size() : scales.size()) != axes.size()) throw Error("it has another number of sizes or scales than of axes");
+    if ((scales.empty() ? sizes.size() : scales.size()) != axes.size()) throw Error("its sizes or scales are not as many as its axes");
     const std::string policy = planner.node().text("keep_aspect_ratio_policy", "stretch");
     float common = 0;
     if (scales.empty() && policy != "stretch")

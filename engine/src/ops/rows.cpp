@@ -154,7 +154,8 @@ struct Lines {
     bool across = false;      // registers are filled by neighbouring lines
 };
 
-void fold_lines(const RowKernels& kernels, Fold fold, const Lines& lines, const float* x, std::int64_t size, const float* shift, float* out) {
+void fold_lines(const RowKernels& kernels, Fold fold, const Lines& lines, const float* x, std::int64_t size, const float* shift,
+                float* out) {
     const std::int64_t n = lines.inner.dims.back(), elements = count(lines.inner.dims);
     const std::int64_t stride = lines.inner.strides[0].back();
     for (std::int64_t j = 0; j < size; ++j) out[j * lines.step_out] = start_of(fold);
@@ -486,7 +487,8 @@ void normalise_groups(Planner& planner, std::int64_t groups, bool by_channel) {
                 for (std::int64_t g = at[0]; g < at[0] + there; ++g) {
                     const float* in = from + g * size;
                     const float mean = kernels.fold(Fold::sum, in, size, 0) / static_cast<float>(size);
-                    const float inverse = 1.0f / std::sqrt(kernels.fold(Fold::squares, in, size, mean) / static_cast<float>(size) + epsilon);
+                    const float variance = kernels.fold(Fold::squares, in, size, mean) / static_cast<float>(size);
+                    const float inverse = 1.0f / std::sqrt(variance + epsilon);
                     for (std::int64_t c = 0; c < each; ++c) {
                         const std::int64_t weight = by_channel ? g % groups * each + c : g % groups;
                         const float slope = inverse * by[weight];
