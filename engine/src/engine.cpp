@@ -14,7 +14,7 @@ namespace {
 constexpr std::size_t kept_plans = 8;
 constexpr std::size_t kept_arenas = 4;
 
-std::size_t bytes_of(const Input& input) { return static_cast<std::size_t>(count(input.dims)) * size_of(input.type); }
+std::size_t bytes_of(const Input& input) { return featherweight::bytes_of(input.type, input.dims); }
 
 double now() { return std::chrono::duration<double>(std::chrono::steady_clock::now().time_since_epoch()).count(); }
 

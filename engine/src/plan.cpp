@@ -36,8 +36,7 @@ struct Planner::State {
     Fact room(Type type, const Dims& dims) {
         Fact fact{type, dims, row_major(dims), 0, static_cast<int>(plan.buffers.size()), false};
         Buffer buffer;
-        buffer.bytes = static_cast<std::size_t>(count(dims)) * size_of(type);
-        if (buffer.bytes > Memory::most()) throw Error("a tensor of shape " + describe(dims) + " does not fit into this machine's memory");
+        buffer.bytes = bytes_of(type, dims);
         plan.buffers.push_back(std::move(buffer));
         return fact;
     }
@@ -67,7 +66,7 @@ struct Planner::State {
     void evaluate(std::size_t begin) {
         for (const Buffer& buffer : plan.buffers)
             if (!buffer.constant && buffer.first >= static_cast<int>(begin)) evaluated += buffer.bytes;
-        if (evaluated > most_evaluated) throw Unsupported("its constant result, with those before it, is too large to keep");
+        if (evaluated > std::min(most_evaluated, Memory::most())) throw Unsupported("its constant result, with those before it, is too large to keep");
         std::vector<std::byte*> bases(plan.buffers.size(), nullptr);
         for (std::size_t i = 0; i < plan.buffers.size(); ++i) {
             Buffer& buffer = plan.buffers[i];

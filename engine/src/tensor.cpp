@@ -94,6 +94,12 @@ std::string describe(const Dims& dims) {
     return text;
 }
 
+std::size_t bytes_of(Type type, const Dims& dims) {
+    const std::size_t bytes = static_cast<std::size_t>(count(dims)) * size_of(type);
+    if (bytes > Memory::most()) throw Error("a tensor of shape " + describe(dims) + " does not fit into this machine's memory");
+    return bytes;
+}
+
 Dims row_major(const Dims& dims) {
     Dims strides(dims.size());
     std::int64_t stride = 1;
@@ -105,8 +111,12 @@ Dims row_major(const Dims& dims) {
 }
 
 std::size_t Memory::most() {
+#if defined(FUZZING_BUILD_MODE_UNSAFE_FOR_PRODUCTION)
+    return std::size_t{256} << 20;  // a fuzzer is not to spend its time on what is large
+#else
     static const std::size_t bytes = static_cast<std::size_t>(sysconf(_SC_PHYS_PAGES)) * static_cast<std::size_t>(sysconf(_SC_PAGESIZE));
     return bytes;
+#endif
 }
 
 Memory::Memory(std::size_t bytes) : size_(bytes) {
@@ -122,7 +132,7 @@ Memory::Memory(std::size_t bytes) : size_(bytes) {
 void Memory::Free::operator()(std::byte* data) const { ::operator delete(data, std::align_val_t(alignment)); }
 
 Tensor::Tensor(Type type, Dims dims) : type(type), dims(std::move(dims)) {
-    memory = std::make_shared<Memory>(static_cast<std::size_t>(count(this->dims)) * size_of(type));
+    memory = std::make_shared<Memory>(bytes_of(type, this->dims));
 }
 
 }  // namespace featherweight

@@ -326,10 +326,10 @@ void resize_to(Planner& planner, const Sampling& how, const std::vector<int>& ax
             const float scale = static_cast<float>(sizes[i]) / static_cast<float>(x.dims[axes[i]]);
             common = i == 0 ? scale : policy == "not_larger" ? std::min(common, scale) : std::max(common, scale);
         }
-    std::vector<Sampled> changed;
+    std::vector<float> stretched(axes.size());
     for (std::size_t i = 0; i < axes.size(); ++i) {
         const std::int64_t from = x.dims[axes[i]];
-        float scale = scales.empty() ? common : scales[i];
+        float& scale = stretched[i] = scales.empty() ? common : scales[i];
         if (!scales.empty()) {
             if (!(scale > 0) || !(scale * static_cast<float>(from) < 1e9f)) throw Error("its scales must be positive and not huge");
             dims[axes[i]] = static_cast<std::int64_t>(scale * static_cast<float>(from));
@@ -344,15 +344,16 @@ void resize_to(Planner& planner, const Sampling& how, const std::vector<int>& ax
         }
         const std::int64_t to = dims[axes[i]];
         if (to < 0 || to > 1 << 30) throw Error("its sizes must not be negative or huge");
-        if (from == 0 || to == 0) {
-            if (from != to && from == 0) throw Error("an axis without elements cannot be resized");
-            continue;
-        }
-        if (from != to || scale != 1.0f) changed.push_back(sampled(how, axes[i], from, to, scale));
+        if (from != to && from == 0) throw Error("an axis without elements cannot be resized");
     }
-    if (count(dims) == 0) {
+    if (bytes_of(Type::f32, dims) == 0) {  // refused here where it is too large, before tables of its size are made
         planner.make(0, Type::f32, dims);
         return;
+    }
+    std::vector<Sampled> changed;
+    for (std::size_t i = 0; i < axes.size(); ++i) {
+        const std::int64_t from = x.dims[axes[i]], to = dims[axes[i]];
+        if (from != to || stretched[i] != 1.0f) changed.push_back(sampled(how, axes[i], from, to, stretched[i]));
     }
     resample(planner, changed, dims);
 }
@@ -379,7 +380,10 @@ void resize(Planner& planner) {
     std::vector<int> axes = all_axes(x);
     if (node.has("axes")) {
         axes.clear();
-        for (std::int64_t axis : node.integers("axes")) axes.push_back(axis_of(axis, x.rank()));
+        for (std::int64_t axis : node.integers("axes")) {
+            axes.push_back(axis_of(axis, x.rank()));
+            if (std::count(axes.begin(), axes.end(), axes.back()) > 1) throw Error("it names an axis twice");
+        }
     }
     const std::vector<float> scales = reals(planner, old ? 1 : 2);
     std::vector<std::int64_t> sizes;
