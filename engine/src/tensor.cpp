@@ -101,6 +101,7 @@ std::size_t bytes_of(Type type, const Dims& dims) {
 }
 
 Dims row_major(const Dims& dims) {
+    count(dims);
     Dims strides(dims.size());
     std::int64_t stride = 1;
     for (std::size_t i = dims.size(); i-- > 0;) {

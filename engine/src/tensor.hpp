@@ -37,7 +37,7 @@ constexpr std::size_t most_axes = 64;  // far more than any network has; a file 
 
 std::int64_t count(const Dims& dims);     // product; throws Error where it overflows or a size is negative
 std::string describe(const Dims& dims);   // "1x3x224x224", or "a scalar"
-Dims row_major(const Dims& dims);         // strides in elements
+Dims row_major(const Dims& dims);         // strides in elements; throws as count does
 std::size_t bytes_of(Type type, const Dims& dims);  // of such a tensor; throws Error where this machine has not as many
 
 // 64 bytes aligned, with `slack` bytes behind the last element that may be read and written, so that vector code may
