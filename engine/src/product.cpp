@@ -3,6 +3,9 @@
 
 #include <algorithm>
 #include <atomic>
+#include <limits>
+
+#include "error.hpp"
 
 namespace featherweight {
 
@@ -109,6 +112,7 @@ Window window_of(const Geometry& g, const Tiling::Tile& tile, bool always) {
     const std::int64_t pitch = wide + reach / dx.stride;           // columns of one remainder
     const std::int64_t remainders = std::min(dx.stride, reach + 1);
     const std::int64_t row = pitch * remainders;
+    constexpr std::int64_t most_lines = 1 << 22;
 
     const auto input_row = [&](std::int64_t image, std::int64_t z, std::int64_t y) {
         for (std::int64_t r = 0; r < remainders; ++r) {
@@ -136,11 +140,14 @@ Window window_of(const Geometry& g, const Tiling::Tile& tile, bool always) {
         const std::int64_t first_row = part.y * dy.stride - dy.pad;
         const bool follows = i > 0 && parts[i - 1].image == part.image && parts[i - 1].z == part.z && first_row <= next_row;
         const std::int64_t from = follows ? next_row : first_row;
+        if (tall + static_cast<std::int64_t>(heads.size()) > most_lines) throw Unsupported("its window is huge");
         for (std::int64_t y = from; y < first_row + tall; ++y) heads.emplace_back(part.image * dz.out + part.z, y);
         rows = static_cast<std::int64_t>(heads.size());
         next_row = first_row + tall;
         made.lines.push_back({static_cast<std::ptrdiff_t>((rows - tall) * row + part.x - first_x), part.at, part.size});
     }
+    if (rows * dz.taps > most_lines / remainders || rows * dz.taps > std::numeric_limits<std::int32_t>::max() / row)
+        throw Unsupported("its window is huge");
     for (std::int64_t kz = 0; kz < dz.taps; ++kz)
         for (const auto& [slice, y] : heads) input_row(slice / dz.out, slice % dz.out * dz.stride - dz.pad + kz * dz.dilation, y);
     for (std::int64_t kz = 0; kz < dz.taps; ++kz)

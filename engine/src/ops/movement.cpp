@@ -237,7 +237,7 @@ void pad(Planner& planner) {
     for (int axis = 0; axis < rank; ++axis) {
         const std::int64_t front = pads[axis], back = pads[axis + rank], size = from.dims[axis];
         constexpr std::int64_t most = std::numeric_limits<std::int32_t>::max();
-        if (std::max(std::abs(front), std::abs(back)) > most) throw Error("a pad of more than 2^31");
+        if (std::max(front, back) > most || std::min(front, back) < -most) throw Error("a pad of more than 2^31");
         // What is cut away is cut from the input.
         const std::int64_t cut = std::min<std::int64_t>(front, 0) + std::min<std::int64_t>(back, 0);
         if (size + cut < 0) throw Error("it cuts more than there is of an input of shape " + describe(from.dims));

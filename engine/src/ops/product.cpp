@@ -180,6 +180,11 @@ void add_product(Planner& planner, const Geometry& g, int groups, std::ptrdiff_t
 }
 
 // Pads and output sizes of a convolution's axes, by attribute.
+// Rows, columns, tiles and tasks are counted by int.
+void require_countable(const Tensor& weights, const Fact& out) {
+    if (std::max(weights.size(), out.size()) > std::numeric_limits<int>::max()) throw Unsupported("it has more than 2^31 weights or results");
+}
+
 std::vector<Spatial> spatial_axes(const Node& node, const Dims& in, const Dims& kernel) {
     const std::size_t rank = in.size();
     const auto strides = node.integers("strides", Dims(rank, 1)), dilations = node.integers("dilations", Dims(rank, 1));
@@ -190,6 +195,9 @@ std::vector<Spatial> spatial_axes(const Node& node, const Dims& in, const Dims& 
     std::vector<Spatial> axes;
     for (std::size_t i = 0; i < rank; ++i) {
         if (strides[i] < 1 || dilations[i] < 1 || kernel[i] < 1) throw Error("strides, dilations and kernel sizes must be positive");
+        constexpr std::int64_t most = 1 << 24;  // beyond which products of these would not fit
+        for (std::int64_t each : {strides[i], dilations[i], kernel[i], in[i], pads[i], pads[rank + i]})
+            if (each > most || each < -most) throw Unsupported("its strides, dilations, pads, kernel or input is huge");
         const std::int64_t reach = (kernel[i] - 1) * dilations[i] + 1;
         if (automatic == "SAME_UPPER" || automatic == "SAME_LOWER") {
             const std::int64_t out = (in[i] + strides[i] - 1) / strides[i];
@@ -321,6 +329,8 @@ void conv(Planner& planner) {
     places.residual = residual_of(planner, dims, {});
     places.out = planner.make(0, Type::f32, dims);
     if (places.out.size() == 0) return;
+    require_countable(weights, places.out);
+    if (count(kernel) > 1 << 16) throw Unsupported("its kernel has more than 2^16 taps");
 
     Geometry g;
     g.rows = static_cast<int>(rows / groups);
@@ -408,6 +418,7 @@ void linear(Planner& planner, const Tensor& weights, const Fact& x, int axis, co
     places.residual = extra;
     places.out = planner.make(0, Type::f32, dims, order);
     if (places.out.size() == 0) return;
+    require_countable(weights, places.out);
 
     Geometry g;
     g.rows = static_cast<int>(rows);
