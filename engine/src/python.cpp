@@ -8,6 +8,7 @@
 
 #include "engine.hpp"
 #include "fuse.hpp"
+#include "peak.hpp"
 
 namespace nb = nanobind;
 using namespace featherweight;
@@ -120,6 +121,16 @@ NB_MODULE(_core, m) {
         unsupported.ptr());
     m.def("instruction_sets", &instruction_sets, "Those that this build has and this processor runs, the best first.");
     m.def("op_names", &op_names, "The ONNX ops that the engine has a rule for.");
+
+    m.def(
+        "peak",
+        [](int threads, const std::string& instruction_set) {
+            nb::gil_scoped_release free;
+            const Peak peak = measure_peak(threads, instruction_set.c_str());
+            return std::vector<double>{peak.flops, peak.bytes, peak.nearest};
+        },
+        nb::arg("threads") = 1, nb::arg("instruction_set") = "",
+        "Measured: multiply-adds (two each) a second, and bytes a second from memory and from the second-level cache.");
 
     nb::class_<Engine>(m, "Engine", "A model that is ready to run: `Engine(model, threads=1)`, `model` being a ModelProto's bytes, or a file's path.")
         .def("__init__",

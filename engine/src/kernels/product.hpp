@@ -79,6 +79,10 @@ struct ProductKernels {
     // finished by segments of it. `sums` has room for a register behind `size`.
     void (*depthwise)(const float* in, const std::int32_t* offsets, const float* weights, int taps, int size, float bias, float* sums,
                       const Finisher& finisher);
+    // `rounds` times 12 registers of multiply-adds and nothing else: what the processor can do at most.
+    void (*spin)(std::int64_t rounds, float* out);
+    // The sum of `size` floats, a multiple of 4 registers: what memory can do at most.
+    float (*read)(const float* from, std::int64_t size);
 };
 
 }  // namespace featherweight

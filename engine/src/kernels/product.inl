@@ -262,4 +262,25 @@ static void depthwise(const float* in, const std::int32_t* offsets, const float*
     finish_segments(sums, finisher, 0);
 }
 
-static constexpr ProductKernels product_kernels{sparse, dense, dense_rows, pack_rows, pack, spread, vector, depthwise};
+static void spin(std::int64_t rounds, float* out) {
+    Vec sum[12];
+    for (int i = 0; i < 12; ++i) sum[i] = splat(out[i]);
+    const Vec factor = splat(out[0]), added = splat(out[1]);
+    for (; rounds > 0; --rounds)
+#pragma GCC unroll 12
+        for (int i = 0; i < 12; ++i) sum[i] = sum[i] * factor + added;
+    for (int i = 0; i < 12; ++i) store(out + i * lanes, sum[i]);
+}
+
+static float read(const float* from, std::int64_t size) {
+    Vec sum[4] = {};
+    for (std::int64_t i = 0; i + 4 * lanes <= size; i += 4 * lanes)
+#pragma GCC unroll 4
+        for (int t = 0; t < 4; ++t) sum[t] += load(from + i + t * lanes);
+    const Vec all = (sum[0] + sum[1]) + (sum[2] + sum[3]);
+    float whole = 0;
+    for (int i = 0; i < lanes; ++i) whole += all[i];
+    return whole;
+}
+
+static constexpr ProductKernels product_kernels{sparse, dense, dense_rows, pack_rows, pack, spread, vector, depthwise, spin, read};
