@@ -14,7 +14,7 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
-from typing import Any
+from typing import IO, Any, cast
 
 import numpy as np
 import onnx
@@ -24,14 +24,25 @@ from benchmarks.engine.networks import NETWORKS
 from featherweight.measure import machine_facts
 
 RESULTS = Path(__file__).parent / "results"
-WAYS = ("engine", "onnxruntime", "openvino", "onnxruntime int8", "openvino int8", "torch", "torch_compile", "deepsparse")
+WAYS = (
+    "engine",
+    "onnxruntime",
+    "openvino",
+    "onnxruntime int8",
+    "openvino int8",
+    "torch",
+    "torch_compile",
+    "deepsparse",
+)
 TOLERANCE = 1e-3  # of the largest output: a runtime that computes something else is not timed
 
 
 class Way:
     """One runtime's process, ready to run."""
 
-    def __init__(self, way: str, name: str, sparsity: float, batch: int, options: argparse.Namespace, room: Path) -> None:
+    def __init__(
+        self, way: str, name: str, sparsity: float, batch: int, options: argparse.Namespace, room: Path
+    ) -> None:
         runtime = way.split()[0]
         interpreter = options.deepsparse if runtime == "deepsparse" else sys.executable
         if runtime.startswith("torch"):
@@ -64,8 +75,7 @@ class Way:
         self.times: list[float] = []
 
     def _answer(self) -> Any:
-        assert self.process.stdout is not None
-        line = self.process.stdout.readline()
+        line = cast("IO[str]", self.process.stdout).readline()
         if not line:
             self.log.seek(0)
             raise RuntimeError((self.log.read().strip().splitlines() or ["it ended without a word"])[-1])
@@ -76,9 +86,7 @@ class Way:
             return [arrays[key] for key in arrays.files]
 
     def run(self, calls: int, keep: bool = True) -> float:
-        assert self.process.stdin is not None
-        self.process.stdin.write(f"{calls}\n")
-        self.process.stdin.flush()
+        print(calls, file=self.process.stdin, flush=True)
         times = self._answer()
         if keep:
             self.times += times
@@ -91,7 +99,13 @@ class Way:
 
 
 def measure(name: str, sparsity: float, batch: int, options: argparse.Namespace) -> dict[str, Any]:
-    row: dict[str, Any] = {"network": name, "sparsity": sparsity, "batch": batch, "threads": options.threads, "ways": {}}
+    row: dict[str, Any] = {
+        "network": name,
+        "sparsity": sparsity,
+        "batch": batch,
+        "threads": options.threads,
+        "ways": {},
+    }
     ways: dict[str, Way] = {}
     with tempfile.TemporaryDirectory() as room:
         try:
@@ -152,7 +166,9 @@ def main() -> None:
                 row = measure(name, sparsity, batch, options)
                 with (options.results / "latency.jsonl").open("a") as file:
                     file.write(json.dumps(row) + "\n")
-                shown = {way: round(facts["median_ms"], 2) for way, facts in row["ways"].items() if "median_ms" in facts}
+                shown = {
+                    way: round(facts["median_ms"], 2) for way, facts in row["ways"].items() if "median_ms" in facts
+                }
                 print(f"{name}, {sparsity:.0%} zeros, batch {batch}: {shown}", flush=True)
 
 

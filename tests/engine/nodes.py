@@ -26,7 +26,10 @@ def model(
     graph = helper.make_graph(
         list(nodes),
         "test",
-        [helper.make_tensor_value_info(n, helper.np_dtype_to_tensor_dtype(a.dtype), a.shape) for n, a in inputs.items()],
+        [
+            helper.make_tensor_value_info(n, helper.np_dtype_to_tensor_dtype(a.dtype), a.shape)
+            for n, a in inputs.items()
+        ],
         [helper.make_tensor_value_info(name, TensorProto.UNDEFINED, None) for name in outputs],
         [numpy_helper.from_array(np.asarray(array, order="C"), name) for name, array in (constants or {}).items()],
     )
@@ -42,7 +45,9 @@ def node(op: str, inputs: Sequence[str], *, outputs: Sequence[str] = ("y",), **a
     return helper.make_node(op, list(inputs), list(outputs), name=f"{op}_of_{'_'.join(inputs)}", **attributes)
 
 
-def engine(made: onnx.ModelProto, inputs: Arrays, threads: int = 2, instruction_set: str = "") -> dict[str, NDArray[Any]]:
+def engine(
+    made: onnx.ModelProto, inputs: Arrays, threads: int = 2, instruction_set: str = ""
+) -> dict[str, NDArray[Any]]:
     session = core.Engine(made.SerializeToString(), threads=threads, instruction_set=instruction_set)
     order = [name for name, _, _ in session.inputs]
     values = session.run([np.asarray(inputs[name], order="C") for name in order])
@@ -65,5 +70,8 @@ def check(made: onnx.ModelProto, inputs: Arrays, tolerance: float = 1e-5, instru
                 assert found[key].shape == value.shape, (name, threads, key)
                 assert found[key].dtype == value.dtype, (name, threads, key)
                 np.testing.assert_allclose(
-                    found[key], value, rtol=tolerance, atol=tolerance * max(1.0, float(np.abs(value).max(initial=0))) if value.dtype.kind == "f" else 0
+                    found[key],
+                    value,
+                    rtol=tolerance,
+                    atol=tolerance * max(1.0, float(np.abs(value).max(initial=0))) if value.dtype.kind == "f" else 0,
                 )

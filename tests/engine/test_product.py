@@ -85,7 +85,10 @@ def test_sizes_that_networks_have(
 ) -> None:
     random = np.random.default_rng(1)
     x = inputs(random, shape)
-    constants = {"w": weights(random, (rows, shape[1] // group, kernel, kernel), zeros), "b": weights(random, (rows,), 0)}
+    constants = {
+        "w": weights(random, (rows, shape[1] // group, kernel, kernel), zeros),
+        "b": weights(random, (rows,), 0),
+    }
     conv = node("Conv", ["x", "w", "b"], group=group, strides=[stride] * 2, pads=[kernel // 2] * 4)
     check(model([conv], x, ["y"], constants), x, 3e-5)
 
@@ -129,7 +132,9 @@ def test_products_of_any_shape(
     check(model(nodes, x, ["y"], constants), x, 2e-5)
 
 
-@pytest.mark.parametrize("shape", [(128, 384), (2, 128, 384), (1, 384), (3, 1, 384), (4, 3, 5, 384), (7, 384), (33, 2, 384)])
+@pytest.mark.parametrize(
+    "shape", [(128, 384), (2, 128, 384), (1, 384), (3, 1, 384), (4, 3, 5, 384), (7, 384), (33, 2, 384)]
+)
 @pytest.mark.parametrize("zeros", [0.0, 0.9])
 def test_products_over_tokens(shape: tuple[int, ...], zeros: float) -> None:
     random = np.random.default_rng(2)

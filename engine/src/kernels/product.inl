@@ -70,6 +70,7 @@ static void sparse_rows(const SparseBlock& block, int begin, int end, const floa
             for (int t = 0; t < width; ++t) sum[t] = load(kept + t * lanes);
         }
         const float* stop = block.values + start[row + 1];
+#pragma GCC unroll 4
         for (; value != stop; ++value, ++k) {
             const Vec weight = splat(*value);
             const float* from = panel + *k * step;
