@@ -15,6 +15,7 @@ TORCH_OPTIONS ?=
 
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
+ENGINE := $(VENV)/.engine
 # Twice quiet hides pip's warnings (a package index that a machine lists but lacks, say) and shows its errors.
 PIP_INSTALL := $(BIN)/python -m pip install -qq --disable-pip-version-check
 
@@ -23,15 +24,24 @@ PIP_INSTALL := $(BIN)/python -m pip install -qq --disable-pip-version-check
 help: ## List the targets
 	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## /\1\t/' | expand -t 12
 
+# What the engine is made of: a change of any makes it anew, and only what depends on it is compiled.
+ENGINE_SOURCES := $(shell find engine -name 'build*' -prune -o -type f ! -name '*.so' ! -name '*.pyc' -print)
+
 install: $(INSTALLED) ## Make .venv with everything that development needs
 
-$(INSTALLED): pyproject.toml constraints.txt
+$(INSTALLED): pyproject.toml constraints.txt | $(ENGINE)
 	@echo "Installing into $(VENV) (a few minutes the first time)"
-	@test -x $(BIN)/pip || $(PYTHON) -m venv $(VENV)
 	@# torch first and alone: any other spelling, or torch as a dependency, may bring a build with gigabytes of CUDA.
 	@$(PIP_INSTALL) $(TORCH_OPTIONS) "$$(grep '^torch==' constraints.txt)"
 	@$(PIP_INSTALL) -c constraints.txt setuptools
 	@$(PIP_INSTALL) -c constraints.txt --no-build-isolation -e '.[dev]'
+	@touch $@
+
+$(ENGINE): $(ENGINE_SOURCES)
+	@echo "Building the engine (a minute or two the first time)"
+	@test -x $(BIN)/pip || $(PYTHON) -m venv $(VENV)
+	@$(PIP_INSTALL) -c constraints.txt scikit-build-core nanobind cmake ninja
+	@PATH="$(abspath $(BIN)):$$PATH" $(PIP_INSTALL) --no-build-isolation --no-deps --force-reinstall ./engine
 	@touch $@
 
 demo: $(INSTALLED) ## Train, prune, pack, export, measure and report a small network: about a minute
@@ -74,5 +84,5 @@ zoo: $(INSTALLED) ## Every small network of the zoo, combed, cut, trained, saved
 	$(BIN)/python -m tests.zoo.run
 
 clean: ## Remove what the checks and builds leave behind, but not .venv
-	rm -rf build dist src/*.egg-info .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis
-	find src tests benchmarks -name __pycache__ -type d -prune -exec rm -rf {} + 2>/dev/null || true
+	rm -rf build dist engine/build* engine/dist engine/python/featherweight_engine/*.so src/*.egg-info .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis
+	find src tests benchmarks engine/python -name __pycache__ -type d -prune -exec rm -rf {} + 2>/dev/null || true

@@ -4,6 +4,6 @@
 Most users want `featherweight.engine`, which runs any ONNX file and hands what this core lacks to ONNX Runtime.
 """
 
-from ._core import Engine, Error, Unsupported, instruction_sets, op_names
+from ._core import Engine, Error, Unsupported, instruction_sets, op_names, peak
 
-__all__ = ["Engine", "Error", "Unsupported", "instruction_sets", "op_names"]
+__all__ = ["Engine", "Error", "Unsupported", "instruction_sets", "op_names", "peak"]
