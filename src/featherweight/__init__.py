@@ -10,6 +10,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from featherweight import engine
     from featherweight.artefact import load, save
     from featherweight.budget import Iterative, Until
     from featherweight.deploy import export_onnx
@@ -86,6 +87,7 @@ __all__ = [
     "count",
     "cut",
     "cut_exported",
+    "engine",
     "export_onnx",
     "load",
     "load_recipe",
@@ -129,6 +131,8 @@ _HOME = {name: home for home, names in _HOMES.items() for name in names}
 
 
 def __getattr__(name: str) -> Any:
+    if name == "engine":  # a room that is used by its own name: fw.engine.load
+        return importlib.import_module("featherweight.engine")
     home = _HOME.get(name)
     if home is None:
         raise AttributeError(f"module 'featherweight' has no attribute {name!r}")
