@@ -28,7 +28,7 @@ _GAINS = (
     (("amx_bf16", "avx512_bf16", "bf16"), "bfloat16 training and inference"),
     (("avx512f", "avx2", "asimd", "sve"), "float32 of any kind"),
 )
-_ZEROS = "Zeros in weights make files smaller; no runtime listed here skips them, so they do not make it faster."
+_ZEROS = "Zeros in weights make files smaller. Of the runtimes listed here only the engine skips them: the others are no faster."
 
 
 def diagnose(folder: str | Path = ".") -> dict[str, Any]:
@@ -118,11 +118,12 @@ def _runtimes() -> dict[str, dict[str, Any]]:
     """Each runtime that is installed, imported to see that it works: a package may be there and broken."""
     found = {}
     for name, (extra, facts) in _RUNTIMES.items():
-        if importlib.util.find_spec(name) is None:
+        package = _PACKAGES.get(name, name)
+        if importlib.util.find_spec(package) is None:
             found[name] = {"works": False, "facts": f'not installed. Run: pip install "featherweight[{extra}]"'}
             continue
         try:
-            found[name] = {"works": True, "facts": facts(require(name, extra))}
+            found[name] = {"works": True, "facts": facts(require(package, extra))}
         except Exception as error:  # whatever a broken installation raises is the finding
             found[name] = {"works": False, "facts": f"installed but broken: {type(error).__name__}: {error}"}
     return found
@@ -130,6 +131,10 @@ def _runtimes() -> dict[str, dict[str, Any]]:
 
 def _torch(torch: Any) -> str:
     return f"{torch.__version__}, {torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()} kernels"
+
+
+def _engine(core: Any) -> str:
+    return f"{_version('featherweight-engine')}, {', '.join(core.instruction_sets())}; {len(core.op_names())} ops"
 
 
 def _onnxruntime(onnxruntime: Any) -> str:
@@ -143,9 +148,14 @@ def _openvino(openvino: Any) -> str:
 
 _RUNTIMES: Mapping[str, tuple[str, Callable[[Any], str]]] = {
     "torch": ("", _torch),
+    "engine": ("engine", _engine),
     "onnxruntime": ("onnx", _onnxruntime),
     "openvino": ("openvino", _openvino),
 }
+
+
+# Where a runtime's package has another name.
+_PACKAGES = {"engine": "featherweight_engine"}
 
 
 def _writable(folder: Path) -> dict[str, Any]:

@@ -336,7 +336,17 @@ def _width_left(module: nn.Module | None) -> int:
 
 
 def _versions() -> dict[str, str]:
-    names = ("torch", "numpy", "safetensors", "accelerate", "onnx", "onnxscript", "onnxruntime", "openvino")
+    names = (
+        "torch",
+        "numpy",
+        "safetensors",
+        "accelerate",
+        "onnx",
+        "onnxscript",
+        "onnxruntime",
+        "openvino",
+        "featherweight-engine",
+    )
     found = {"featherweight": __version__}
     for name in names:
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):

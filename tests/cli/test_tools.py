@@ -37,7 +37,7 @@ def test_doctor_tells_of_extras_runtimes_and_the_processor(run: Run) -> None:
     assert torch.__version__ in answer["runtimes"]["torch"]["facts"]
     assert {"gradual_pruning", "train"} <= set(answer["methods"])
     told = run("doctor").stdout
-    assert "no runtime listed here skips them" in told and "onnxruntime" in told
+    assert "only the engine skips them" in told and "onnxruntime" in told
 
 
 def test_doctor_leaves_no_file(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -102,6 +102,16 @@ def test_bench_times_a_file_a_folder_and_a_class_side_by_side(project: Path, run
     ]
     assert answer["rows"][0]["comparison"] is None
     assert all(row["latency"]["n"] >= 50 and row["latency"]["threads"] == 1 for row in answer["rows"])
+
+
+def test_bench_times_the_engine_beside_stock_runtimes(project: Path, run: Run, exported: Path) -> None:
+    runtimes = ["engine", "onnxruntime", "openvino", "torch"]
+    words = ("bench", exported, "--model", "tasks:net", "--runtime", ",".join(runtimes), "--threads", 1, "--runs", 50)
+    answer = run(*words, "--json").answer
+    assert [row["runtime"] for row in answer["rows"]] == runtimes
+    assert all(0 < row["latency"]["median_ms"] < 100 and row["latency"]["threads"] == 1 for row in answer["rows"])
+    assert "featherweight-engine" in answer["machine"]["versions"]
+    assert "the engine" in run(*words).stdout
 
 
 def test_bench_finds_the_slower_one(project: Path, run: Run, exported: Path) -> None:

@@ -24,7 +24,7 @@ def several(tmp_path_factory):
     return model.eval(), inputs, export_onnx(model, inputs, tmp_path_factory.mktemp("several") / "model.onnx").path
 
 
-@pytest.mark.parametrize("runtime", ["onnxruntime", "openvino"])
+@pytest.mark.parametrize("runtime", list(RUNTIMES))
 def test_a_session_is_called_as_the_model_is(runtime: str, several) -> None:
     model, inputs, path = several
     opened = session(path, runtime, threads=1)
@@ -44,7 +44,7 @@ def test_a_session_is_called_as_the_model_is(runtime: str, several) -> None:
 
 def test_answers_stay_when_the_session_is_called_again(several) -> None:
     _, inputs, path = several
-    for opened in (session(path, "onnxruntime"), session(path, "openvino")):
+    for opened in (session(path, runtime) for runtime in RUNTIMES):
         first = opened(*inputs)[0]
         kept = first.clone()
         opened(*(2 * t if t.is_floating_point() else t for t in inputs[:3]))
@@ -101,7 +101,7 @@ def test_threads_reach_the_runtimes(several, monkeypatch) -> None:
         openvino.Core, "compile_model", lambda self, *a: settings.append(compile_model(self, *a)) or settings[-1]
     )
     for runtime in RUNTIMES:
-        session(several[2], runtime, threads=1)
+        assert session(several[2], runtime, threads=1).threads == 1
     options = made[0].get_session_options()
     assert (options.intra_op_num_threads, options.inter_op_num_threads) == (1, 1)
     assert settings[0].get_property("INFERENCE_NUM_THREADS") == 1
@@ -111,7 +111,7 @@ def test_threads_reach_the_runtimes(several, monkeypatch) -> None:
 def test_all_runtimes_can_be_timed_against_each_other(several) -> None:
     model, inputs, path = several
     opened = {"torch": torch_session(model, 1), **{name: session(path, name, 1) for name in available_runtimes()}}
-    assert set(opened) == {"torch", "onnxruntime", "openvino"}
+    assert set(opened) == {"torch", "engine", "onnxruntime", "openvino"}
     candidates = {name: lambda opened=one: opened(*inputs) for name, one in opened.items()}
     assert all(0 < t.median_ms < 100 for t in time_callables(candidates, threads=1, runs=50).values())
 
@@ -121,14 +121,14 @@ def test_wrong_calls_say_what_is_wrong(several, tmp_path, capfd) -> None:
     for runtime in RUNTIMES:
         with pytest.raises(DataError, match=r"takes 3 inputs \(x, y, keep\), got tuple\(Tensor\[3, 4\] float32\)"):
             session(path, runtime)(inputs[0])
-        with pytest.raises(DataError, match=r"model.onnx in O\w+"):
+        with pytest.raises(DataError, match=r"model.onnx (in O\w+|takes x float32)"):
             session(path, runtime)(np.zeros((3, 9), np.float32), *inputs[1:3])
         (tmp_path / "damaged.onnx").write_bytes(path.read_bytes()[:200])
-        with pytest.raises(ArtefactError, match=r"damaged.onnx: O.* refuses it"):
+        with pytest.raises(ArtefactError, match=r"damaged.onnx"):
             session(tmp_path / "damaged.onnx", runtime)
         with pytest.raises(ArtefactError, match=r"none.onnx is not there. .*export_onnx"):
             session(tmp_path / "none.onnx", runtime)
-    with pytest.raises(OptionError, match=r"runtime 'onnxrt' is none of onnxruntime, openvino"):
+    with pytest.raises(OptionError, match=r"runtime 'onnxrt' is none of engine, onnxruntime, openvino"):
         session(path, "onnxrt")
     with pytest.raises(DataError, match="bfloat16"):
         session(path)(inputs[0].bfloat16(), *inputs[1:3])
@@ -162,7 +162,7 @@ def batch_of_words(rows: int) -> dict[str, Tensor]:
     return {"token_type_ids": ids % 2, "attention_mask": (ids > 4).long(), "input_ids": ids}
 
 
-@pytest.mark.parametrize("runtime", ["torch", "onnxruntime", "openvino"])
+@pytest.mark.parametrize("runtime", ["torch", *RUNTIMES])
 def test_a_task_whose_batches_are_dicts_is_scored_in_every_runtime(runtime: str, tmp_path) -> None:
     torch.manual_seed(0)
     model, batches = Encoder().eval(), [batch_of_words(rows) for rows in (4, 2, 7)]
@@ -186,7 +186,7 @@ def test_a_task_whose_batches_are_dicts_is_scored_in_every_runtime(runtime: str,
     )  # fmt: skip
 
 
-@pytest.mark.parametrize("runtime", ["onnxruntime", "openvino"])
+@pytest.mark.parametrize("runtime", list(RUNTIMES))
 def test_names_that_a_file_has_not_or_lacks_are_told(runtime: str, several) -> None:
     _, inputs, path = several
     opened = session(path, runtime)
@@ -212,7 +212,7 @@ def refuse(*args, **kwargs):
 socket.socket.connect = socket.create_connection = socket.getaddrinfo = refuse
 import torch
 from featherweight.deploy import session
-for runtime in ("onnxruntime", "openvino"):
+for runtime in ("engine", "onnxruntime", "openvino"):
     session({str(several[2])!r}, runtime)(torch.zeros(3, 4), torch.zeros(3, 5), torch.ones(3, dtype=torch.bool))
 time.sleep(0.5)
 print("openvino_telemetry" in sys.modules)

@@ -44,9 +44,9 @@ SLOWER = Comparison(0.8, 0.78, 0.82, False, "1.25x slower (95 % interval 1.22 to
             DENSE,
             PRUNED,
             {"onnxruntime": SAME, "engine": FASTER},
-            "90 % zeros: 8.3x smaller on disk, 1.8x faster in engine, no faster in ONNX Runtime, which does not skip zeros",
+            "90 % zeros: 8.3x smaller on disk, 1.8x faster in the engine, no faster in ONNX Runtime, which does not skip zeros",
         ),
-        (DENSE, PRUNED, {"engine": SAME}, "90 % zeros: 8.3x smaller on disk, no faster in engine"),
+        (DENSE, PRUNED, {"engine": SAME}, "90 % zeros: 8.3x smaller on disk, no faster in the engine"),
         (DENSE, PRUNED, {"torch": SLOWER}, "90 % zeros: 8.3x smaller on disk, 1.2x slower in PyTorch"),
         (
             DENSE,

@@ -37,7 +37,8 @@ def command(
     runtime: Annotated[
         str | None,
         typer.Option(
-            metavar="LIST", help="torch, onnxruntime, openvino, by commas; by default all that can run all models."
+            metavar="LIST",
+            help="torch, engine, onnxruntime, openvino, by commas; by default all that can run all models.",
         ),
     ] = None,
     threads: Annotated[int | None, typer.Option(min=1, help="Of every runtime; by default all cores.")] = None,
@@ -119,12 +120,12 @@ def bench(
 
 
 def _float_twins(opened: Sequence[_Source], runtimes: Sequence[str], scratch: Path) -> dict[tuple[int, str], Path]:
-    """For each quantized file and each runtime but torch, which has no integers: the same network in float32."""
+    """For each quantized file and each runtime that has integers: the same network in float32."""
     from featherweight import deploy
 
     found: dict[tuple[int, str], Path] = {}
     for index, source in enumerate(opened):
-        in_runtimes = [name for name in runtimes if name in deploy.RUNTIMES]
+        in_runtimes = [name for name in runtimes if name in deploy.INTEGER_RUNTIMES]
         if in_runtimes and source.onnx is not None and deploy.is_quantized(source.onnx):
             twin = scratch / f"{index}-float32.onnx"
             deploy.without_integers(source.onnx, twin)

@@ -20,7 +20,10 @@ from featherweight.deploy.sessions import openvino_core
 from featherweight.errors import ArtefactError, OptionError, nearest, require
 from featherweight.measure import machine_facts
 
-__all__ = ["Form", "form_in", "int8_instructions", "is_quantized"]
+__all__ = ["INTEGER_RUNTIMES", "Form", "form_in", "int8_instructions", "is_quantized"]
+
+# Those that compute with integers. The engine does not yet: it hands quantized layers to ONNX Runtime.
+INTEGER_RUNTIMES = ("onnxruntime", "openvino")
 
 _LAYERS = {
     "Conv",
@@ -116,7 +119,7 @@ def form_in(path: str | Path, runtime: str) -> Form:
     Raises `OptionError` for an unknown runtime, `MissingExtra` for one that is not installed, `ArtefactError` for a file
     that it refuses.
     """
-    readers = {"onnxruntime": _onnxruntime, "openvino": _openvino}
+    readers = dict(zip(INTEGER_RUNTIMES, (_onnxruntime, _openvino), strict=True))
     if runtime not in readers:
         raise OptionError(
             f"runtime {runtime!r} is none of {', '.join(readers)}. Nearest: {', '.join(nearest(runtime, readers))}."

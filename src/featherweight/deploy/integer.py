@@ -17,6 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from featherweight.deploy import arithmetic
+from featherweight.deploy.forms import INTEGER_RUNTIMES
 from featherweight.deploy.nodes import affine_of, attribute, constant, evaluate, ir, is_standard
 from featherweight.deploy.sessions import available_runtimes, flatten_inputs, session
 from featherweight.errors import ArtefactError, DataError
@@ -246,7 +247,7 @@ class Agreement:
 def agreement(
     path: str | Path, inputs: Sequence[tuple[Any, ...]], runtimes: Iterable[str] | None = None
 ) -> tuple[Agreement, ...]:
-    """Runs a QDQ file in each runtime and in the integer reference. Differences add up over layers: see `agreement_by_node`.
+    """Runs a QDQ file in each runtime that has integers and in the integer reference. Differences add up over layers: see `agreement_by_node`.
 
     Raises `ArtefactError` for a file that cannot be read, `MissingExtra` for a runtime that is not installed.
     """
@@ -257,7 +258,8 @@ def agreement(
     )
     steps = [_step(value, [answers[i] for answers in expected]) for i, value in enumerate(reference.graph.outputs)]
     found = []
-    for runtime in available_runtimes() if runtimes is None else runtimes:
+    there = [name for name in available_runtimes() if name in INTEGER_RUNTIMES]
+    for runtime in there if runtimes is None else runtimes:
         engine = session(path, runtime, exact=True)
         parts = []
         for example, answers in zip(inputs, expected, strict=True):

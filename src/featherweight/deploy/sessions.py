@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Runtimes as callables: torch, ONNX Runtime and OpenVINO all called as the model is, by place or by name, tensors out.
+"""Runtimes as callables: torch, the engine, ONNX Runtime and OpenVINO all called as the model is, by place or by name, tensors out.
 
 One precision (float32 stays float32: OpenVINO would take bfloat16 where the CPU has it), fixed threads, and no thread
 that spins on when a call has ended, so that sessions can be timed against each other. No telemetry: OpenVINO's import
@@ -11,7 +11,6 @@ from __future__ import annotations
 import functools
 import importlib.util
 import re
-import textwrap
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -23,12 +22,14 @@ from torch.utils._pytree import tree_flatten, tree_flatten_with_path, tree_leave
 
 from featherweight.errors import ArtefactError, DataError, OptionError, nearest, require
 from featherweight.measure import eval_copy
+from featherweight.runtime import Engine, first_line, load, open_onnxruntime
 from featherweight.task import describe
 
 __all__ = [
     "RUNTIMES",
     "Session",
     "available_runtimes",
+    "engine_session",
     "flatten_inputs",
     "named_tensors",
     "openvino_core",
@@ -67,13 +68,13 @@ class Session(nn.Module):
         self.threads = threads
         self.input_names = tuple(input_names)
         self.output_names = tuple(output_names)
-        self._run = run
+        self.run = run
         self._like = None if like is None else tree_flatten(like)
 
     def forward(self, *inputs: Any, **named: Any) -> Any:
         if named and self.input_names:
             inputs, named = self._in_order(inputs, named), {}
-        outputs = self._run(inputs, **named)
+        outputs = self.run(inputs, **named)
         if self._like is None:
             return outputs[0] if len(outputs) == 1 else tuple(outputs)
         leaves, structure = self._like
@@ -148,7 +149,7 @@ def session(
 ) -> Session:
     """Opens an ONNX file in a runtime, on the CPU. `threads` None leaves the number to the runtime.
 
-    Both runtimes round the inputs of layers with integer weights alone to 8 bits, unasked (differences of some 0.4 %, and
+    Stock runtimes round the inputs of layers with integer weights alone to 8 bits, unasked (differences of some 0.4 %, and
     up to 3x faster). `exact` has them keep float32, as the file says; what is timed and shipped is the default.
 
     Raises `OptionError` for an unknown runtime, `MissingExtra` for one that is not installed, and `ArtefactError` for a
@@ -199,18 +200,10 @@ def torch_session(model: nn.Module, threads: int | None = None, like: Any = None
 
 def _onnxruntime(path: Path, threads: int | None, like: Any = None, exact: bool = False) -> Session:
     ort = require("onnxruntime", extra="onnx")
-    options = ort.SessionOptions()
-    options.intra_op_num_threads = threads or 0
-    options.inter_op_num_threads = 1
-    # Threads that wait for the next call by spinning would eat the time of whatever is timed in between.
-    options.add_session_config_entry("session.force_spinning_stop", "1")
-    if exact:
-        options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", "1")
-    options.log_severity_level = 4  # what fails is raised; the console is the caller's
     try:
-        engine = ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+        engine = open_onnxruntime(path, threads, exact=exact)
     except Exception as error:
-        raise ArtefactError(f"{path}: ONNX Runtime {ort.__version__} refuses it: {_first_line(error)}") from error
+        raise ArtefactError(f"{path}: ONNX Runtime {ort.__version__} refuses it: {first_line(error)}") from error
     names = [i.name for i in engine.get_inputs()]
     outputs = [o.name for o in engine.get_outputs()]
 
@@ -219,7 +212,7 @@ def _onnxruntime(path: Path, threads: int | None, like: Any = None, exact: bool 
         try:
             return [torch.from_numpy(output) for output in engine.run(outputs, feeds)]
         except Exception as error:
-            raise DataError(f"{path.name} in ONNX Runtime: {_first_line(error)}") from error
+            raise DataError(f"{path.name} in ONNX Runtime: {first_line(error)}") from error
 
     return Session("onnxruntime", run, threads=threads, input_names=names, output_names=outputs, like=like)
 
@@ -263,12 +256,32 @@ def _openvino(path: Path, threads: int | None, like: Any = None, exact: bool = F
     return Session("openvino", run, threads=threads, input_names=names, output_names=outputs, like=like)
 
 
-RUNTIMES: Mapping[str, Callable[..., Session]] = {"onnxruntime": _onnxruntime, "openvino": _openvino}
+def _engine(path: Path, threads: int | None, like: Any = None, exact: bool = False) -> Session:
+    return engine_session(load(path, threads, exact=exact), like)
+
+
+def engine_session(engine: Engine, like: Any = None) -> Session:
+    """The engine, called as the model is."""
+    names, outputs = ([port.name for port in side] for side in (engine.inputs, engine.outputs))
+
+    def run(inputs: tuple[Any, ...]) -> list[Tensor]:
+        answer = engine.run(dict(zip(names, _arrays(inputs, names), strict=True)))
+        return [torch.from_numpy(answer[name]) for name in outputs]
+
+    return Session("engine", run, threads=engine.threads, input_names=names, output_names=outputs, like=like)
+
+
+RUNTIMES: Mapping[str, Callable[..., Session]] = {
+    "engine": _engine,
+    "onnxruntime": _onnxruntime,
+    "openvino": _openvino,
+}
 
 
 def available_runtimes() -> tuple[str, ...]:
     """The names of `RUNTIMES` whose packages are installed."""
-    return tuple(name for name in RUNTIMES if importlib.util.find_spec(name) is not None)
+    packages = {"engine": "featherweight_engine"}
+    return tuple(name for name in RUNTIMES if importlib.util.find_spec(packages.get(name, name)) is not None)
 
 
 def _arrays(inputs: tuple[Any, ...], names: Sequence[str]) -> list[np.ndarray]:
@@ -279,12 +292,6 @@ def _arrays(inputs: tuple[Any, ...], names: Sequence[str]) -> list[np.ndarray]:
         return [leaf if isinstance(leaf, np.ndarray) else leaf.detach().cpu().numpy() for leaf in leaves]
     except TypeError as error:  # numpy has no bfloat16
         raise DataError(f"{describe(inputs)} cannot be passed as numpy arrays: {error}.") from error
-
-
-def _first_line(error: Exception) -> str:
-    """Without ONNX Runtime's codes in front (`[ONNXRuntimeError] : 1 : FAIL : `) and its C++ names behind."""
-    line = re.sub(r"^\[ONNXRuntimeError\] : \d+ : \w+ : ", "", str(error).strip().partition("\n")[0])
-    return textwrap.shorten(line, 200, placeholder=" ...")
 
 
 def _last_line(error: Exception) -> str:

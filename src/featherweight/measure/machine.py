@@ -16,7 +16,7 @@ __all__ = ["machine_facts"]
 # What decides how fast matrix kernels can be: vector width, and dot products of bytes or bfloat16.
 _FLAGS_X86 = "avx2 fma avx512f avx512_vnni avx_vnni avx512_bf16 avx512_fp16 amx_tile amx_int8 amx_bf16"
 _FLAGS_ARM = "asimd asimddp i8mm bf16 sve sve2"
-_PACKAGES = ("torch", "onnx", "onnxscript", "onnxruntime", "openvino", "numpy", "featherweight")
+_PACKAGES = ("torch", "onnx", "onnxscript", "onnxruntime", "openvino", "numpy", "featherweight", "featherweight-engine")
 
 
 def machine_facts() -> dict[str, Any]:

@@ -117,7 +117,7 @@ def spoken(runtime: str, simulated: bool = False) -> str:
     >>> spoken("onnxruntime"), spoken("torch", simulated=True)
     ('ONNX Runtime', 'PyTorch (which only simulates integers)')
     """
-    name = _STOCK_RUNTIMES.get(runtime, runtime)
+    name = {**_STOCK_RUNTIMES, "engine": "the engine"}.get(runtime, runtime)
     return f"{name} (which only simulates integers)" if simulated and runtime == "torch" else name
 
 
