@@ -61,15 +61,25 @@ void transpose_square(const T* from, std::int64_t step_from, T* to, std::int64_t
     for (int i = 0; i < n; ++i) std::memcpy(to + i * step_to, &square.rows[i], 16);
 }
 
-// to[a * step_to + b] = from[b * step_from + a]
+// to[a * step_to + b] = from[b * step_from + a], by squares of a cache line. They are read whole before they are written:
+// lines whose distance is a power of two would drive each other out of the cache before they were done with.
 template <class T>
 void transpose_block(const T* from, std::int64_t step_from, T* to, std::int64_t step_to, std::int64_t as, std::int64_t bs) {
-    constexpr std::int64_t n = Square<T>::size;
-    const std::int64_t whole_as = as / n * n, whole_bs = bs / n * n;
-    for (std::int64_t b = 0; b < whole_bs; b += n)
-        for (std::int64_t a = 0; a < whole_as; a += n) transpose_square(from + b * step_from + a, step_from, to + a * step_to + b, step_to);
+    constexpr std::int64_t n = Square<T>::size, line = 64 / sizeof(T);
+    std::int64_t done = 0;
+    if (as == line) {
+        alignas(64) T lines[line * line];
+        for (; done + line <= bs; done += line) {
+            for (std::int64_t b = 0; b < line; ++b) std::memcpy(lines + b * line, from + (done + b) * step_from, 64);
+            for (std::int64_t a = 0; a < line; a += n)
+                for (std::int64_t b = 0; b < line; b += n) transpose_square(lines + b * line + a, line, to + a * step_to + done + b, step_to);
+        }
+    }
+    const std::int64_t whole = as / n * n;
+    for (; done + n <= bs; done += n)
+        for (std::int64_t a = 0; a < whole; a += n) transpose_square(from + done * step_from + a, step_from, to + a * step_to + done, step_to);
     for (std::int64_t a = 0; a < as; ++a)
-        for (std::int64_t b = a < whole_as ? whole_bs : 0; b < bs; ++b) to[a * step_to + b] = from[b * step_from + a];
+        for (std::int64_t b = a < whole ? done : 0; b < bs; ++b) to[a * step_to + b] = from[b * step_from + a];
 }
 
 // Where the target's innermost axis is one and the source's another. A block is a cache line wide in the source, and long in

@@ -85,13 +85,13 @@ void select(const Runs& runs) {
         const T* a = static_cast<const T*>(runs.in[1].at) + run * runs.in[1].step;
         const T* b = static_cast<const T*>(runs.in[2].at) + run * runs.in[2].step;
         const std::ptrdiff_t step = runs.in[0].moves, step_a = runs.in[1].moves, step_b = runs.in[2].moves;
-        // Masks stand beside a constant mostly.
+        const T only_a = *a, only_b = *b;  // masks stand beside a constant mostly
         if (step == 1 && step_a == 1 && step_b == 1)
             for (std::ptrdiff_t i = 0; i < runs.size; ++i) out[i] = which[i] ? a[i] : b[i];
         else if (step == 1 && step_a == 1)
-            for (std::ptrdiff_t i = 0; i < runs.size; ++i) out[i] = which[i] ? a[i] : *b;
+            for (std::ptrdiff_t i = 0; i < runs.size; ++i) out[i] = which[i] ? a[i] : only_b;
         else if (step == 1 && step_b == 1)
-            for (std::ptrdiff_t i = 0; i < runs.size; ++i) out[i] = which[i] ? *a : b[i];
+            for (std::ptrdiff_t i = 0; i < runs.size; ++i) out[i] = which[i] ? only_a : b[i];
         else
             for (std::ptrdiff_t i = 0; i < runs.size; ++i) out[i] = which[i * step] ? a[i * step_a] : b[i * step_b];
     }

@@ -1,6 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 #pragma once
 
+#include <algorithm>
+
 #include "../loops.hpp"
 
 namespace featherweight {
@@ -14,7 +16,7 @@ void map(const Runs& runs, Function function) {
         if (runs.in[0].moves)
             for (std::ptrdiff_t i = 0; i < runs.size; ++i) out[i] = function(a[i]);
         else
-            for (std::ptrdiff_t i = 0; i < runs.size; ++i) out[i] = function(*a);
+            std::fill_n(out, runs.size, function(*a));
     }
 }
 
@@ -25,12 +27,14 @@ void map_two(const Runs& runs, Function function) {
         const A* a = static_cast<const A*>(runs.in[0].at) + run * runs.in[0].step;
         const B* b = static_cast<const B*>(runs.in[1].at) + run * runs.in[1].step;
         const std::ptrdiff_t step_a = runs.in[0].moves, step_b = runs.in[1].moves;
+        const A only_a = *a;  // as copies: a store to `out` might change what a pointer points at, as far as the compiler knows
+        const B only_b = *b;
         if (step_a == 1 && step_b == 1)
             for (std::ptrdiff_t i = 0; i < runs.size; ++i) out[i] = function(a[i], b[i]);
         else if (step_a == 1)
-            for (std::ptrdiff_t i = 0; i < runs.size; ++i) out[i] = function(a[i], *b);
+            for (std::ptrdiff_t i = 0; i < runs.size; ++i) out[i] = function(a[i], only_b);
         else
-            for (std::ptrdiff_t i = 0; i < runs.size; ++i) out[i] = function(*a, b[i * step_b]);
+            for (std::ptrdiff_t i = 0; i < runs.size; ++i) out[i] = function(only_a, b[i * step_b]);
     }
 }
 
