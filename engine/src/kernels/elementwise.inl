@@ -71,8 +71,9 @@ static inline Vec rounded_up(Vec x) { return -rounded_down(-x); }
 
 // log(x) by a polynomial of degree 9 about 1 (Cephes), after x = m * 2^e with m in [sqrt(1/2), sqrt(2)): within 2 ulp.
 static inline Vec natural_log(Vec x) {
-    const Vec normal = x < 1.17549435e-38f ? x * 8388608.0f : x;
-    const Vec shift = x < 1.17549435e-38f ? splat(-23.0f) : splat(0.0f);
+    const Vec size = magnitude(x);  // a negative number's bits would overflow below
+    const Vec normal = size < 1.17549435e-38f ? size * 8388608.0f : size;
+    const Vec shift = size < 1.17549435e-38f ? splat(-23.0f) : splat(0.0f);
     const Int exponent = (bits(normal) - 0x3F3504F3) >> 23;
     const Vec m = bits(bits(normal) - exponent * 8388608) - 1.0f;
     const Vec e = __builtin_convertvector(exponent, Vec) + shift;
@@ -148,7 +149,7 @@ static void elementwise_unary(Unary function, const Runs& runs) {
         case Unary::softsign: return map(runs, [](Vec x) { return x / (1.0f + magnitude(x)); });
         case Unary::mish: return map(runs, [](Vec x) { return mish(x); });
         case Unary::swish: return map(runs, [=](Vec x) { return x * sigmoid(low * x); });
-        case Unary::thresholded_relu: return map(runs, [=](Vec x) { return x <= low ? splat(0.0f) : x; });
+        case Unary::thresholded_relu: return map(runs, [=](Vec x) { return x > low ? x : splat(0.0f); });
         case Unary::scaled: return map(runs, [=](Vec x) { return x * low; });
     }
 }

@@ -65,7 +65,7 @@ static inline Vec hyperbolic_tangent(Vec x) {
     p = p * z - 5.37397155531e-2f;
     p = p * z + 1.33314422036e-1f;
     p = p * z - 3.33332819422e-1f;
-    const Vec small = p * z * x + x;
+    const Vec small = (p * z + 1.0f) * x;
     const Vec large = 1.0f - 2.0f / (exponential(x + x) + 1.0f);
     return z < 0.390625f ? small : large;
 }

@@ -26,25 +26,26 @@ template <class To, class From> To bit_cast(From from) {
     return to;
 }
 
+// Every case is worked out and one is chosen by its bits, so that loops over these become vector code.
+std::uint32_t choose(bool first, std::uint32_t a, std::uint32_t b) {
+    const std::uint32_t mask = 0u - static_cast<std::uint32_t>(first);
+    return (a & mask) | (b & ~mask);
+}
+
 float to_float(Half value) {
     const std::uint32_t sign = static_cast<std::uint32_t>(value.bits & 0x8000) << 16, rest = value.bits & 0x7FFF;
-    if (rest >= 0x7C00) return bit_cast<float>(sign | 0x7F800000 | (rest & 0x3FF) << 13);
     // The exponent is put right by a product, which also makes subnormal numbers normal.
-    return bit_cast<float>(bit_cast<std::uint32_t>(bit_cast<float>(rest << 13) * 0x1p112f) | sign);
+    const std::uint32_t number = bit_cast<std::uint32_t>(bit_cast<float>(rest << 13) * 0x1p112f);
+    const std::uint32_t other = 0x7F800000 | (rest & 0x3FF) << 13;  // inf and NaN
+    return bit_cast<float>(sign | choose(rest >= 0x7C00, other, number));
 }
 
 Half to_half(float value) {
     const std::uint32_t all = bit_cast<std::uint32_t>(value), sign = all >> 16 & 0x8000, rest = all & 0x7FFFFFFF;
-    std::uint32_t made;
-    if (rest > 0x7F800000)
-        made = 0x7E00;  // NaN
-    else if (rest >= 0x47800000)
-        made = 0x7C00;  // 65536 and more
-    else if (rest < 0x38800000)
-        made = bit_cast<std::uint32_t>(bit_cast<float>(rest) + 0.5f) - 0x3F000000;  // subnormal: the sum rounds at the right bit
-    else
-        made = (rest - 0x38000000 + 0xFFF + (rest >> 13 & 1)) >> 13;  // to the nearest, halves to even; may carry to infinity
-    return {static_cast<std::uint16_t>(sign | made)};
+    const std::uint32_t normal = (rest - 0x38000000 + 0xFFF + (rest >> 13 & 1)) >> 13;  // halves to even; may carry to infinity
+    const std::uint32_t small = bit_cast<std::uint32_t>(bit_cast<float>(rest) + 0.5f) - 0x3F000000;  // the sum rounds at the right bit
+    const std::uint32_t large = choose(rest > 0x7F800000, 0x7E00, 0x7C00);  // NaN; 65536 and more
+    return {static_cast<std::uint16_t>(sign | choose(rest >= 0x47800000, large, choose(rest < 0x38800000, small, normal)))};
 }
 
 float to_float(Brain value) { return bit_cast<float>(static_cast<std::uint32_t>(value.bits) << 16); }

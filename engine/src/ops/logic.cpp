@@ -86,12 +86,22 @@ void select(const Runs& runs) {
         const T* b = static_cast<const T*>(runs.in[2].at) + run * runs.in[2].step;
         const std::ptrdiff_t step = runs.in[0].moves, step_a = runs.in[1].moves, step_b = runs.in[2].moves;
         const T only_a = *a, only_b = *b;  // masks stand beside a constant mostly
+        // Both are read whatever is chosen, so that the choice is one of registers.
         if (step == 1 && step_a == 1 && step_b == 1)
-            for (std::ptrdiff_t i = 0; i < runs.size; ++i) out[i] = which[i] ? a[i] : b[i];
+            for (std::ptrdiff_t i = 0; i < runs.size; ++i) {
+                const T x = a[i], y = b[i];
+                out[i] = which[i] ? x : y;
+            }
         else if (step == 1 && step_a == 1)
-            for (std::ptrdiff_t i = 0; i < runs.size; ++i) out[i] = which[i] ? a[i] : only_b;
+            for (std::ptrdiff_t i = 0; i < runs.size; ++i) {
+                const T x = a[i];
+                out[i] = which[i] ? x : only_b;
+            }
         else if (step == 1 && step_b == 1)
-            for (std::ptrdiff_t i = 0; i < runs.size; ++i) out[i] = which[i] ? only_a : b[i];
+            for (std::ptrdiff_t i = 0; i < runs.size; ++i) {
+                const T y = b[i];
+                out[i] = which[i] ? only_a : y;
+            }
         else
             for (std::ptrdiff_t i = 0; i < runs.size; ++i) out[i] = which[i * step] ? a[i * step_a] : b[i * step_b];
     }
