@@ -34,7 +34,7 @@ def model(
         [numpy_helper.from_array(np.asarray(array, order="C"), name) for name, array in (constants or {}).items()],
     )
     made = helper.make_model(graph, opset_imports=[helper.make_opsetid("", opset)], ir_version=10)
-    inferred = onnx.shape_inference.infer_shapes(made, data_prop=True)
+    inferred = onnx.shape_inference.infer_shapes(made)
     types = {value.name: value for value in [*inferred.graph.output, *inferred.graph.value_info]}
     for value in made.graph.output:
         value.CopyFrom(types[value.name])
