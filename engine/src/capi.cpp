@@ -111,7 +111,7 @@ struct fw_engine {
     std::deque<Declared> inputs, outputs;
 
     fw_engine(Graph graph, const fw_options& options)
-        : engine(std::move(graph), Options{options.threads, options.instruction_set ? options.instruction_set : "", {}}),
+        : engine(std::move(graph), Options{options.threads, options.instruction_set ? options.instruction_set : "", {}, {}}),
           inputs(declared(engine.graph(), engine.graph().inputs)),
           outputs(declared(engine.graph(), engine.graph().outputs)) {}
 };

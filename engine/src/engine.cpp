@@ -21,7 +21,7 @@ double now() { return std::chrono::duration<double>(std::chrono::steady_clock::n
 }  // namespace
 
 Engine::Engine(Graph graph, const Options& options)
-    : graph_(fused(std::move(graph))), kernels_(kernels(options.instruction_set.c_str())), pool_(options.threads) {
+    : graph_(fused(std::move(graph))), kernels_(kernels(options.instruction_set.c_str())), pool_(options.threads), prepared_(options.decisions) {
     for (int input : graph_.inputs)
         known_.push_back(std::find(options.known.begin(), options.known.end(), graph_.values[input].name) != options.known.end());
     if (options.threads < 1) throw Error("threads must be at least 1, not " + std::to_string(options.threads));

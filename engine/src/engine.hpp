@@ -22,6 +22,8 @@ struct Options {
     // Inputs whose elements a plan is made for, as if they were constants: a shape that another part of a model computes.
     // They should be few and small, and follow from the other inputs' shapes, since each value of them is a plan.
     std::vector<std::string> known;
+    // What an engine of this model found by measuring earlier, on this processor; what is not in it is measured.
+    Decisions decisions;
 };
 
 struct Input {
@@ -53,6 +55,9 @@ public:
     void prepare(const std::vector<Input>& shapes);
     // Bytes of the arena that a plan for these shapes needs.
     std::size_t arena_bytes(const std::vector<Input>& shapes);
+    // What was measured, or given in the options: how many, and all of it.
+    std::size_t decided() const { return prepared_.decided(); }
+    Decisions decisions() const { return prepared_.decisions(); }
 
 private:
     struct Ready {

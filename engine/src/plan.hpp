@@ -3,6 +3,7 @@
 
 #include <any>
 #include <functional>
+#include <map>
 #include <mutex>
 #include <optional>
 #include <string>
@@ -70,10 +71,15 @@ struct Plan {
     std::size_t arena_bytes = 0;
 };
 
-// What outlives a plan and is shared by all plans of one model: packed weights, by node and tag. What depends on more than
-// the file (weights that are sliced as an input's shape says) is a plan's own.
+// What was found by measuring, by what it was asked of: texts, so that they can be kept for the next time the model is loaded.
+using Decisions = std::map<std::string, std::string>;
+
+// What outlives a plan and is shared by all plans of one model: packed weights, by node and tag, and decisions. What depends
+// on more than the file (weights that are sliced as an input's shape says) is a plan's own.
 class Prepared {
 public:
+    explicit Prepared(Decisions decisions = {}) : decisions_(std::move(decisions)) {}
+
     template <class T, class Make> std::shared_ptr<const T> get(int node, const std::string& tag, Make make) {
         std::lock_guard<std::mutex> lock(mutex_);
         std::any& slot = kept_[std::to_string(node) + "/" + tag];
@@ -81,9 +87,28 @@ public:
         return std::any_cast<std::shared_ptr<const T>>(slot);
     }
 
+    Decisions decisions() const {
+        std::lock_guard<std::mutex> lock(mutex_);
+        return decisions_;
+    }
+    std::size_t decided() const {
+        std::lock_guard<std::mutex> lock(mutex_);
+        return decisions_.size();
+    }
+    std::string decision(const std::string& key) const {  // "" where there is none yet
+        std::lock_guard<std::mutex> lock(mutex_);
+        const auto found = decisions_.find(key);
+        return found == decisions_.end() ? "" : found->second;
+    }
+    void decide(const std::string& key, const std::string& text) {
+        std::lock_guard<std::mutex> lock(mutex_);
+        decisions_[key] = text;
+    }
+
 private:
-    std::mutex mutex_;
+    mutable std::mutex mutex_;
     std::unordered_map<std::string, std::any> kept_;
+    Decisions decisions_;
 };
 
 // Handed to an op's rule: its inputs as facts, and the means to make outputs and steps. A rule either makes every output

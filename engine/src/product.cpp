@@ -15,6 +15,10 @@ bool Geometry::is_pointwise() const {
     return true;
 }
 
+bool Geometry::is_vector() const {
+    return positions() == 1 && in.size() == 1 && is_pointwise() && (channel_step == 1 || channels <= 1);
+}
+
 double density(const float* weights, std::int64_t size) {
     std::int64_t zeros = 0;
     for (std::int64_t i = 0; i < size; ++i) zeros += weights[i] == 0;
@@ -78,6 +82,19 @@ DenseMatrix dense_matrix(const float* weights, int rows, int depth, int taps, in
     }
     for (int begin = 0; begin < std::max(depth, 1); begin += block)
         made.columns.push_back(columns_of(std::vector<char>(std::min(block, depth - begin), 1), begin, taps));
+    return made;
+}
+
+Matrix packed_matrix(const float* weights, const Geometry& g, const Choice& choice, const Kernels& kernels) {
+    const int depth = static_cast<int>(g.depth()), taps = static_cast<int>(g.taps());
+    Matrix made;
+    if (choice.sparse) {
+        made.sparse = std::make_shared<SparseMatrix>(sparse_matrix(weights, g.rows, depth, taps, choice.block));
+    } else {
+        // Rows of a product with a vector fill registers, as positions do of others.
+        const int group = choice.vector ? choice.width * kernels.lanes : kernels.product.dense_rows(choice.width);
+        made.dense = std::make_shared<DenseMatrix>(dense_matrix(weights, g.rows, depth, taps, choice.block, group));
+    }
     return made;
 }
 
@@ -195,6 +212,8 @@ Tiling tiling(const Geometry& geometry, const Matrix& matrix, const Choice& choi
     }
     const int tiles = static_cast<int>(made.tiles.size());
     int parts = tiles >= 6 * threads || tiles % threads == 0 ? 1 : threads;
+    if (const std::int64_t work = matrix.sparse ? matrix.sparse->before.back() : geometry.rows * geometry.depth(); choice.vector && work < 16384)
+        parts = 1;
     const int grain = matrix.sparse ? 1 : matrix.dense->group;
     parts = std::max(1, std::min(parts, geometry.rows / grain));
     made.cuts.push_back(0);
@@ -221,6 +240,10 @@ Tiling tiling(const Geometry& geometry, const Matrix& matrix, const Choice& choi
     made.cuts.push_back(geometry.rows);
     int rows = 0;
     for (std::size_t i = 1; i < made.cuts.size(); ++i) rows = std::max(rows, made.cuts[i] - made.cuts[i - 1]);
+    if (choice.vector) {
+        made.scratch = static_cast<std::size_t>(rows);
+        return made;
+    }
     for (const Tiling::Tile& tile : made.tiles) made.window = std::max(made.window, window_of(geometry, tile).size);
     // Behind each part a register is left, since whole ones are written.
     const auto whole = [&](std::size_t floats) { return (floats / lanes + 2) * lanes; };
@@ -249,6 +272,16 @@ void multiply(const Geometry& geometry, const Matrix& matrix, const Choice& choi
     Finisher to = finisher;
     to.segments = segments.data();
     to.count = static_cast<int>(segments.size());
+
+    if (choice.vector) {
+        if (!matrix.sparse) return kernels.product.dense_vector(choice.width, matrix.dense->values.data(), depth, begin, end, in + geometry.in[0], to);
+        for (int first = 0; first < std::max(depth, 1); first += block) {
+            const SparseMatrix::Block& part = matrix.sparse->blocks[first / block];
+            kernels.product.sparse_vector({part.start.data(), part.k.data(), part.values.data()}, begin, end, in + geometry.in[0] + first, scratch,
+                                          first == 0, first + block >= depth, to);
+        }
+        return;
+    }
 
     // A tile that is not full of positions is copied even where it could be read in place: what lies behind is not ours.
     const bool packed = choice.packed || tile.pieces.size() != 1 || at != width;
@@ -301,6 +334,12 @@ void multiply_all(const Geometry& geometry, const Matrix& matrix, const Choice& 
 
 std::vector<Choice> candidates(const Geometry& geometry, double density, int lanes) {
     std::vector<Choice> made;
+    if (geometry.is_vector()) {
+        const int depth = static_cast<int>(std::max<std::int64_t>(geometry.depth(), 1));
+        if (density < 0.6) made.push_back({true, 1, std::min(depth, 1 << 16), false, true});
+        if (density > 0.05) made.push_back({false, std::min(4, (geometry.rows + lanes - 1) / lanes), depth, false, true});
+        return made;
+    }
     const bool pointwise = geometry.is_pointwise();
     const std::int64_t vectors = (geometry.positions() * static_cast<std::int64_t>(geometry.in.size()) + lanes - 1) / lanes;
     const auto add = [&](bool sparse, int width, int block) {

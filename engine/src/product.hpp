@@ -36,6 +36,7 @@ struct Geometry {
     std::int64_t depth() const { return channels * taps(); }
     std::int64_t positions() const { return space[0].out * space[1].out * space[2].out; }
     bool is_pointwise() const;              // every position reads the input at its own place
+    bool is_vector() const;                 // there is one position, and its channels lie side by side
 };
 
 // Which k of a block some row reads, channel by channel: what has to be in its panel.
@@ -79,12 +80,15 @@ struct Choice {
     int width = 4;        // registers of positions in a tile
     int block = 256;      // k in a panel
     bool packed = true;   // panels are copied together, or read where they lie (pointwise only)
+    bool vector = false;  // B is a vector: there are no panels, and dense rows fill registers instead of positions
 };
 
 struct Matrix {  // one of the two
     std::shared_ptr<const SparseMatrix> sparse;
     std::shared_ptr<const DenseMatrix> dense;
 };
+
+Matrix packed_matrix(const float* weights, const Geometry& geometry, const Choice& choice, const Kernels& kernels);
 
 // The tiles of a product, and which task takes which.
 struct Tiling {

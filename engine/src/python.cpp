@@ -2,6 +2,7 @@
 #include <nanobind/nanobind.h>
 #include <nanobind/ndarray.h>
 #include <nanobind/stl/filesystem.h>
+#include <nanobind/stl/map.h>
 #include <nanobind/stl/pair.h>
 #include <nanobind/stl/string.h>
 #include <nanobind/stl/vector.h>
@@ -134,18 +135,21 @@ NB_MODULE(_core, m) {
 
     nb::class_<Engine>(m, "Engine", "A model that is ready to run: `Engine(model, threads=1)`, `model` being a ModelProto's bytes, or a file's path.")
         .def("__init__",
-             [](Engine* self, nb::bytes model, int threads, const std::string& instruction_set, const std::string& folder, const Names& known) {
+             [](Engine* self, nb::bytes model, int threads, const std::string& instruction_set, const std::string& folder, const Names& known,
+                const Decisions& decisions) {
                  nb::gil_scoped_release free;
                  Graph graph = read_onnx(static_cast<const std::byte*>(static_cast<const void*>(model.c_str())), model.size(), folder);
-                 new (self) Engine(std::move(graph), Options{threads, instruction_set, known});
+                 new (self) Engine(std::move(graph), Options{threads, instruction_set, known, decisions});
              },
-             nb::arg("model"), nb::arg("threads") = 1, nb::arg("instruction_set") = "", nb::arg("folder") = "", nb::arg("known") = Names())
+             nb::arg("model"), nb::arg("threads") = 1, nb::arg("instruction_set") = "", nb::arg("folder") = "", nb::arg("known") = Names(),
+             nb::arg("decisions") = Decisions())
         .def("__init__",
-             [](Engine* self, const std::filesystem::path& model, int threads, const std::string& instruction_set, const Names& known) {
+             [](Engine* self, const std::filesystem::path& model, int threads, const std::string& instruction_set, const Names& known, const Decisions& decisions) {
                  nb::gil_scoped_release free;
-                 new (self) Engine(read_onnx_file(model.string()), Options{threads, instruction_set, known});
+                 new (self) Engine(read_onnx_file(model.string()), Options{threads, instruction_set, known, decisions});
              },
-             nb::arg("model"), nb::arg("threads") = 1, nb::arg("instruction_set") = "", nb::arg("known") = Names())
+             nb::arg("model"), nb::arg("threads") = 1, nb::arg("instruction_set") = "", nb::arg("known") = Names(),
+             nb::arg("decisions") = Decisions())
         .def_prop_ro("inputs", [](const Engine& self) { return values_of(self.graph(), self.graph().inputs); })
         .def_prop_ro("outputs", [](const Engine& self) { return values_of(self.graph(), self.graph().outputs); })
         .def_prop_ro("nodes",
@@ -165,6 +169,8 @@ NB_MODULE(_core, m) {
                      "For each of `nodes` what was fused into its end: \"+ value, relu\", or nothing.")
         .def_prop_ro("instruction_set", [](const Engine& self) { return std::string(self.instruction_set()); })
         .def_prop_ro("threads", &Engine::threads)
+        .def_prop_ro("decided", &Engine::decided, "How many `decisions` there are.")
+        .def_prop_ro("decisions", &Engine::decisions, "What was found by measuring: give it to the next Engine of this model, and it need not measure.")
         .def("run",
              [](Engine& self, const std::vector<Array>& arrays) {
                  const std::vector<Input> inputs = inputs_of(self, arrays);

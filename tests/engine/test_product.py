@@ -164,3 +164,51 @@ def test_nan_and_infinity_pass_through() -> None:
     x = {"x": np.array([[np.nan, 1, 2], [np.inf, 1, 1], [1, 1, 1]], np.float32)}
     made = model([node("MatMul", ["x", "w"])], x, ["y"], {"w": np.ones((3, 5), np.float32)})
     np.testing.assert_array_equal(engine(made, x)["y"], onnxruntime(made, x)["y"])
+
+
+@pytest.mark.parametrize("zeros", [0.0, 0.5, 0.9])
+@pytest.mark.parametrize("rows", [1, 10, 100, 1000])
+def test_one_engine_multiplies_vectors_and_matrices(rows: int, zeros: float) -> None:
+    """One row of x is a product of another kind than several; neither may take the weights as packed for the other."""
+    random = np.random.default_rng(rows)
+    w, bias = weights(random, (rows, 77), zeros), weights(random, (rows,), 0.0)
+    made = model(
+        [node("Gemm", ["x", "w", "b"], outputs=["sum"], transB=1), node("Relu", ["sum"])],
+        {"x": np.zeros((1, 77), np.float32)},
+        ["y"],
+        {"w": w, "b": bias},
+    )
+    del made.graph.input[0].type.tensor_type.shape.dim[:]
+    made.graph.input[0].type.tensor_type.shape.dim.add().dim_param = "batch"
+    made.graph.input[0].type.tensor_type.shape.dim.add().dim_value = 77
+    for instruction_set in core.instruction_sets():
+        engine = core.Engine(made.SerializeToString(), threads=2, instruction_set=instruction_set)
+        for batch in (1, 5, 1, 40):
+            x = weights(random, (batch, 77), 0.0)
+            np.testing.assert_allclose(
+                engine.run([x])[0], np.maximum(x.astype(np.float64) @ w.T + bias, 0), rtol=1e-4, atol=1e-5
+            )
+
+
+def test_decisions_are_taken_as_given() -> None:
+    random = np.random.default_rng(0)
+    x = {"x": weights(random, (1, 64, 12, 12), 0.0)}
+    made = model(
+        [node("Conv", ["x", "w"], pads=[1, 1, 1, 1])], x, ["y"], {"w": weights(random, (48, 64, 3, 3), 0.8)}
+    ).SerializeToString()
+    first = core.Engine(made)
+    assert first.decided == 0
+    [expected] = first.run([x["x"]])
+    [(key, text)] = first.decisions.items()
+    others = {"dense 3x189", "sparse 2x504"} - {text}
+    for other in others:  # what was decided is what is done
+        engine = core.Engine(made, decisions={key: other})
+        [row] = [row for row in engine.profile([x["x"]]) if row["op"] == "Conv"]
+        assert other in row["what"]
+        assert engine.decisions == {key: other}
+        np.testing.assert_allclose(engine.run([x["x"]])[0], expected, rtol=1e-4, atol=1e-4)
+    # What no candidate is called is measured anew.
+    engine = core.Engine(made, decisions={key: "dense 999999x-3", "other": "x"})
+    engine.run([x["x"]])
+    assert engine.decisions.keys() == {key, "other"}
+    assert engine.decisions[key] != "dense 999999x-3"

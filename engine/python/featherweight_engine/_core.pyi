@@ -2,7 +2,7 @@
 """The types of src/python.cpp."""
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, TypedDict, overload
 
 from numpy.typing import NDArray
@@ -29,6 +29,7 @@ class Engine:
         instruction_set: str = "",
         folder: str = "",
         known: Sequence[str] = (),
+        decisions: Mapping[str, str] = ...,
     ) -> None: ...
     @overload
     def __init__(
@@ -37,6 +38,7 @@ class Engine:
         threads: int = 1,
         instruction_set: str = "",
         known: Sequence[str] = (),
+        decisions: Mapping[str, str] = ...,
     ) -> None: ...
     @property
     def inputs(self) -> list[tuple[str, str | None, list[int | str | None] | None]]: ...
@@ -50,6 +52,10 @@ class Engine:
     def instruction_set(self) -> str: ...
     @property
     def threads(self) -> int: ...
+    @property
+    def decided(self) -> int: ...
+    @property
+    def decisions(self) -> dict[str, str]: ...
     def run(self, inputs: Sequence[NDArray[Any]]) -> list[NDArray[Any]]: ...
     def arena_bytes(self, inputs: Sequence[NDArray[Any]]) -> int: ...
     def profile(self, inputs: Sequence[NDArray[Any]]) -> list[_Spent]: ...

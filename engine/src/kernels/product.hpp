@@ -72,9 +72,11 @@ struct ProductKernels {
     // come in rising order, so that what one writes past its end the next puts right.
     void (*spread)(const float* source, const std::ptrdiff_t* shifts, const std::uint16_t* index, const std::uint16_t* k, int count,
                    const Line* lines, int line_count, float* panel, std::ptrdiff_t step);
-    // One position: out[m] = finish(sum of values * x), x gathered by column.
-    void (*vector)(const std::int32_t* start, const std::int32_t* columns, const float* values, int begin, int end, const float* x,
-                   const Finisher& finisher);
+    // The same for one position, whose column of B is dense: `x`. `sums` is a float a row.
+    void (*sparse_vector)(const SparseBlock& block, int begin, int end, const float* x, float* sums, bool first, bool last,
+                          const Finisher& finisher);
+    // And with dense weights, by groups of `width` registers of rows, [group][k][row in group]; whole groups, all of k.
+    void (*dense_vector)(int width, const float* packed, int depth, int begin, int end, const float* x, const Finisher& finisher);
     // Lines of a depthwise convolution, padded already: sums[i] = bias + sum of w[t] * in[offsets[t] + i] for i in [0, size),
     // finished by segments of it. `sums` has room for a register behind `size`.
     void (*depthwise)(const float* in, const std::int32_t* offsets, const float* weights, int taps, int size, float bias, float* sums,

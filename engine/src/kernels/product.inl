@@ -224,19 +224,56 @@ static void spread(const float* source, const std::ptrdiff_t* shifts, const std:
     }
 }
 
-static void vector(const std::int32_t* start, const std::int32_t* columns, const float* values, int begin, int end, const float* x,
-                   const Finisher& finisher) {
+static void sparse_vector(const SparseBlock& block, int begin, int end, const float* x, float* sums, bool first, bool last,
+                          const Finisher& finisher) {
+    const std::uint16_t* k = block.k;
+    const float* values = block.values;
     for (int row = begin; row < end; ++row) {
-        // Four sums, so that an addition need not wait for the one before it.
-        float sum[4] = {finisher.bias != nullptr ? finisher.bias[row] : 0.0f, 0, 0, 0};
-        std::int32_t i = start[row];
-        const std::int32_t stop = start[row + 1];
+        float start = finisher.bias != nullptr ? finisher.bias[row] : 0.0f;
+        if (!first) start = sums[row - begin];
+        float sum[4] = {start, 0, 0, 0};  // so that an addition need not wait for the one before it
+        std::int32_t i = block.start[row];
+        const std::int32_t stop = block.start[row + 1];
         for (; i + 4 <= stop; i += 4)
-            for (int j = 0; j < 4; ++j) sum[j] += values[i + j] * x[columns[i + j]];
-        for (; i < stop; ++i) sum[0] += values[i] * x[columns[i]];
+#pragma GCC unroll 4
+            for (int j = 0; j < 4; ++j) sum[j] += values[i + j] * x[k[i + j]];
+        for (; i < stop; ++i) sum[0] += values[i] * x[k[i]];
         const float whole = (sum[0] + sum[1]) + (sum[2] + sum[3]);
-        finish_segments(&whole, finisher, row);
+        if (last)
+            finish_segments(&whole, finisher, row);
+        else
+            sums[row - begin] = whole;
     }
+}
+
+template <int width>
+static void dense_vector_rows(const float* packed, int depth, int begin, int end, const float* x, const Finisher& finisher) {
+    constexpr int rows = width * lanes;
+    for (int from = begin; from < end; from += rows) {
+        const float* weights = packed + static_cast<std::ptrdiff_t>(from) * depth;
+        Vec sum[2][width] = {};  // by even and odd k
+        int k = 0;
+        for (; k + 2 <= depth; k += 2, weights += 2 * rows)
+#pragma GCC unroll 2
+            for (int odd = 0; odd < 2; ++odd) {
+                const Vec value = splat(x[k + odd]);
+#pragma GCC unroll 4
+                for (int t = 0; t < width; ++t) sum[odd][t] += value * load(weights + (odd * width + t) * lanes);
+            }
+        if (k < depth)
+            for (int t = 0; t < width; ++t) sum[0][t] += splat(x[k]) * load(weights + t * lanes);
+        float whole[rows];
+        for (int t = 0; t < width; ++t) store(whole + t * lanes, sum[0][t] + sum[1][t]);
+        for (int row = from; row < end && row < from + rows; ++row) {
+            const float one = whole[row - from] + (finisher.bias != nullptr ? finisher.bias[row] : 0.0f);
+            finish_segments(&one, finisher, row);
+        }
+    }
+}
+
+static void dense_vector(int width, const float* packed, int depth, int begin, int end, const float* x, const Finisher& finisher) {
+    const auto rows = width == 1 ? dense_vector_rows<1> : width == 2 ? dense_vector_rows<2> : width == 3 ? dense_vector_rows<3> : dense_vector_rows<4>;
+    rows(packed, depth, begin, end, x, finisher);
 }
 
 template <int width>
@@ -284,4 +321,4 @@ static float read(const float* from, std::int64_t size) {
     return whole;
 }
 
-static constexpr ProductKernels product_kernels{sparse, dense, dense_rows, pack_rows, pack, spread, vector, depthwise, spin, read};
+static constexpr ProductKernels product_kernels{sparse, dense, dense_rows, pack_rows, pack, spread, sparse_vector, dense_vector, depthwise, spin, read};

@@ -36,27 +36,36 @@ static inline Vec clamp(Vec value, Vec low, Vec high) {
     return value > high ? high : value;
 }
 
-// exp(x) = 2^n * e^r, |r| <= ln(2)/2, by a polynomial of degree 6 (Cephes): within 2 ulp. Below -87.3 it is 0; above 88.7, inf.
-static inline Vec exponential(Vec x) {
-    const Vec bounded = clamp(x, splat(-87.33654f), splat(88.72283f));
-    const Vec shifted = bounded * 1.44269504f + 12582912.0f;  // 1.5 * 2^23: the sum's low bits are the nearest integer
-    const Int n = bits(shifted) - 0x4B400000;
+// exp(x) = 2^n * e^r, |r| <= ln(2)/2: n, and e^r by a polynomial of degree 6 (Cephes).
+static inline Vec reduced_exponential(Vec x, Int* n) {
+    const Vec shifted = x * 1.44269504f + 12582912.0f;  // 1.5 * 2^23: the sum's low bits are the nearest integer
+    *n = bits(shifted) - 0x4B400000;
     const Vec whole = shifted - 12582912.0f;
-    const Vec r = (bounded - whole * 0.693359375f) + whole * 2.12194440e-4f;
+    const Vec r = (x - whole * 0.693359375f) + whole * 2.12194440e-4f;
     Vec p = splat(1.9875691500e-4f);
     p = p * r + 1.3981999507e-3f;
     p = p * r + 8.3334519073e-3f;
     p = p * r + 4.1665795894e-2f;
     p = p * r + 1.6666665459e-1f;
     p = p * r + 5.0000001201e-1f;
-    p = p * r * r + r + 1.0f;
+    return p * r * r + r + 1.0f;
+}
+// Within 2 ulp. Below -87.3 it is 0; above 88.7, inf.
+static inline Vec exponential(Vec x) {
+    Int n;
+    const Vec p = reduced_exponential(clamp(x, splat(-87.33654f), splat(88.72283f)), &n);
     // 2^n in two halves: n = 128 has no float of its own.
     const Int half = n >> 1;
     const Vec made = p * bits((half + 127) << 23) * bits((n - half + 127) << 23);
     const Vec low = x < -87.33654f ? splat(0.0f) : made;
     return x > 88.72283f ? splat(__builtin_inff()) : low;
 }
-static inline Vec sigmoid(Vec x) { return 1.0f / (1.0f + exponential(-x)); }
+static inline Vec sigmoid(Vec x) {
+    Int n;
+    const Vec p = reduced_exponential(clamp(-x, splat(-87.0f), splat(88.0f)), &n);  // so that 2^n is a float
+    const Vec made = 1.0f / (1.0f + p * bits((n + 127) << 23));
+    return x < -88.0f ? splat(0.0f) : made;
+}
 static inline Vec hyperbolic_tangent(Vec x) {
     // Where x is small, 1 - 2 / (e^2x + 1) cancels: an odd polynomial there (Cephes).
     const Vec z = x * x;

@@ -67,64 +67,74 @@ std::string text_of(const Geometry& g) {
     return text + ";" + std::to_string(g.channel_step);
 }
 
-Matrix packed_matrix(const float* weights, const Geometry& g, const Choice& choice, const Kernels& kernels) {
-    const int depth = static_cast<int>(g.depth()), taps = static_cast<int>(g.taps());
-    Matrix made;
-    if (choice.sparse)
-        made.sparse = std::make_shared<SparseMatrix>(sparse_matrix(weights, g.rows, depth, taps, choice.block));
-    else
-        made.dense = std::make_shared<DenseMatrix>(
-            dense_matrix(weights, g.rows, depth, taps, choice.block, kernels.product.dense_rows(choice.width)));
-    return made;
+std::string text_of(const Choice& choice) {
+    if (choice.vector) return choice.sparse ? "sparse vector" : "dense vector";
+    return (choice.sparse ? "sparse" : "dense") + std::string(" ") + std::to_string(choice.width) + "x" + std::to_string(choice.block) +
+           (choice.packed ? "" : " in place");
+}
+
+// The index of what takes least time. All are run in turn, a few rounds, so that whatever else the machine does meanwhile
+// strikes all of them; those that will not win any more are left out. Earlier ones win where the difference is noise.
+template <class Run>
+std::size_t fastest(std::size_t count, const Run& run) {
+    constexpr int most_rounds = 5;
+    constexpr double patience = 0.04, hopeless = 1.4, noise = 0.98;  // seconds; of the least time
+    std::vector<double> shortest(count, infinite);
+    double least = infinite, spent = 0;
+    for (int round = 0; round < most_rounds && (round < 2 || spent < patience); ++round)
+        for (std::size_t i = 0; i < count; ++i) {
+            if (shortest[i] < infinite && shortest[i] > hopeless * least) continue;
+            const double begin = now();
+            run(i);
+            const double took = now() - begin;
+            spent += took;
+            shortest[i] = std::min(shortest[i], took);
+            least = std::min(least, took);
+        }
+    std::size_t best = 0;
+    for (std::size_t i = 1; i < count; ++i)
+        if (shortest[i] < noise * shortest[best]) best = i;
+    return best;
 }
 
 // The candidate that is fastest on this machine, measured on the layer itself with numbers of no meaning. Layers that are
 // alike share one measurement.
 Choice choose(Planner& planner, const Geometry& g, const float* weights) {
     const double share = density(weights, static_cast<std::int64_t>(g.rows) * g.depth());
-    const std::vector<Choice> all = candidates(g, share, planner.kernels().lanes);
+    const Kernels& kernels = planner.kernels();
+    const std::vector<Choice> all = candidates(g, share, kernels.lanes);
     if (all.size() == 1) return all.front();
-    const std::string key = "choice/" + text_of(g) + "/" + std::to_string(std::lround(share * 40)) + "/" + std::to_string(planner.threads());
-    return *planner.store().get<Choice>(-1, key, [&] {
-        std::ptrdiff_t in_end = 0, out_end = 0;
-        for (std::ptrdiff_t offset : g.in) in_end = std::max(in_end, offset);
-        for (std::ptrdiff_t offset : g.out) out_end = std::max(out_end, offset);
-        in_end += g.channels * g.channel_step + g.space[0].in * g.space[1].in * g.space[2].in;
-        out_end += g.rows * g.row_step + static_cast<std::ptrdiff_t>(g.positions());
-        Memory in(static_cast<std::size_t>(in_end) * 4), out(static_cast<std::size_t>(out_end) * 4);
-        auto* source = reinterpret_cast<float*>(in.data());
-        for (std::ptrdiff_t i = 0; i < in_end; ++i) source[i] = static_cast<float>(i % 7) - 3.0f;
-        Finisher finisher = finisher_of({});
-        finisher.out = reinterpret_cast<float*>(out.data());
-        finisher.stride = g.row_step;
-        Choice best = all.front();
-        double least = infinite;
-        for (const Choice& choice : all) {
-            const Matrix matrix = packed_matrix(weights, g, choice, planner.kernels());
-            const Tiling tiles = tiling(g, matrix, choice, planner.kernels().lanes, planner.threads());
-            Memory scratch(tiles.scratch * static_cast<std::size_t>(planner.threads()) * 4);
-            double shortest = infinite, spent = 0;
-            for (int i = 0; i < 4 && spent < 0.02; ++i) {
-                const double begin = now();
-                multiply_all(g, matrix, choice, tiles, source, finisher, reinterpret_cast<float*>(scratch.data()), planner.kernels(), planner.pool());
-                const double took = now() - begin;
-                spent += took;
-                shortest = std::min(shortest, took);
-                if (shortest > 1.5 * least) break;  // it will not win any more
-            }
-            if (shortest < least) {
-                least = shortest;
-                best = choice;
-            }
-        }
-        return best;
-    });
-}
+    const std::string key = std::string(kernels.name) + "/" + std::to_string(planner.threads()) + "/" + text_of(g) + "/" +
+                            std::to_string(std::lround(share * 40));
+    const std::string decision = planner.store().decision(key);
+    for (const Choice& choice : all)
+        if (text_of(choice) == decision) return choice;
 
-std::string text_of(const Choice& choice, double share) {
-    const int percent = static_cast<int>(std::lround(share * 100));
-    return (choice.sparse ? "sparse" : "dense") + std::string(" ") + std::to_string(choice.width) + "x" + std::to_string(choice.block) +
-           (choice.packed ? "" : " in place") + ", " + std::to_string(100 - percent) + " % zeros";
+    std::ptrdiff_t in_end = 0, out_end = 0;
+    for (std::ptrdiff_t offset : g.in) in_end = std::max(in_end, offset);
+    for (std::ptrdiff_t offset : g.out) out_end = std::max(out_end, offset);
+    in_end += g.channels * g.channel_step + g.space[0].in * g.space[1].in * g.space[2].in;
+    out_end += g.rows * g.row_step + static_cast<std::ptrdiff_t>(g.positions());
+    Memory in(static_cast<std::size_t>(in_end) * 4), out(static_cast<std::size_t>(out_end) * 4);
+    auto* source = reinterpret_cast<float*>(in.data());
+    for (std::ptrdiff_t i = 0; i < in_end; ++i) source[i] = static_cast<float>(i % 7) - 3.0f;
+    Finisher finisher = finisher_of({});
+    finisher.out = reinterpret_cast<float*>(out.data());
+    finisher.stride = g.row_step;
+    std::vector<Matrix> matrices;
+    std::vector<Tiling> tilings;
+    std::size_t scratch = 0;
+    for (const Choice& choice : all) {
+        matrices.push_back(packed_matrix(weights, g, choice, kernels));
+        tilings.push_back(tiling(g, matrices.back(), choice, kernels.lanes, planner.threads()));
+        scratch = std::max(scratch, tilings.back().scratch);
+    }
+    Memory room(scratch * static_cast<std::size_t>(planner.threads()) * 4);
+    const Choice best = all[fastest(all.size(), [&](std::size_t i) {
+        multiply_all(g, matrices[i], all[i], tilings[i], source, finisher, reinterpret_cast<float*>(room.data()), kernels, planner.pool());
+    })];
+    planner.store().decide(key, text_of(best));
+    return best;
 }
 
 // A product with constant weights [rows][depth], as one step. `groups` of it lie side by side: inputs, rows and outputs.
@@ -135,7 +145,8 @@ void add_product(Planner& planner, const Geometry& g, int groups, std::ptrdiff_t
     const double share = density(values, each * groups);
     const Choice choice = choose(planner, g, values);
     std::vector<Matrix> matrices;
-    const std::string tag = std::to_string(choice.sparse) + "/" + std::to_string(choice.block) + "/" + std::to_string(choice.width * !choice.sparse);
+    const std::string tag = std::to_string(choice.sparse) + "/" + std::to_string(choice.vector) + "/" + std::to_string(choice.block) + "/" +
+                            std::to_string(choice.width * !choice.sparse);
     for (int group = 0; group < groups; ++group)
         matrices.push_back(*planner.prepared<Matrix>(tag + "/" + std::to_string(group),
                                                      [&] { return packed_matrix(values + group * each, g, choice, planner.kernels()); }));
@@ -157,7 +168,7 @@ void add_product(Planner& planner, const Geometry& g, int groups, std::ptrdiff_t
                               static_cast<double>(g.channels) * groups * static_cast<double>(g.in.size() * g.space[0].in * g.space[1].in * g.space[2].in)) +
                          (choice.sparse ? 6 * share : 4) * static_cast<double>(each) * groups;
     planner.step(
-        planner.node().op + " " + text_of(choice, share), places.touched(),
+        planner.node().op + " " + text_of(choice) + ", " + std::to_string(std::lround((1 - share) * 100)) + " % zeros", places.touched(),
         [=](Frame& frame) {
             const Finisher bound = places.bound(frame, finisher);
             const float* in = frame.at<float>(places.in);
