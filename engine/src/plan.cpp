@@ -56,17 +56,24 @@ struct Planner::State {
             same.dims = fact.dims;
             return same;
         }
+        const std::size_t bytes = bytes_of(fact.type, fact.dims);
+        if (bytes > static_cast<std::size_t>(held.size()) * size_of(held.type)) afford(bytes);  // broadcast: the file has fewer
         Tensor made(fact.type, fact.dims);
         const Fact to{fact.type, fact.dims, row_major(fact.dims), 0, -1, false};
         copy(pool, fact, held.bytes() + fact.offset * static_cast<std::int64_t>(size_of(fact.type)), to, made.bytes());
         return made;
     }
 
+    void afford(std::size_t bytes) {
+        const std::size_t most = std::min(most_evaluated, Memory::most());
+        if (bytes > most - std::min(evaluated, most)) throw Unsupported("its constant result, with those before it, is too large to keep");
+        evaluated += bytes;
+    }
+
     // Carries out the steps from `begin` on, all of whose inputs are constants, and turns what they made into constants.
     void evaluate(std::size_t begin) {
         for (const Buffer& buffer : plan.buffers)
-            if (!buffer.constant && buffer.first >= static_cast<int>(begin)) evaluated += buffer.bytes;
-        if (evaluated > std::min(most_evaluated, Memory::most())) throw Unsupported("its constant result, with those before it, is too large to keep");
+            if (!buffer.constant && buffer.first >= static_cast<int>(begin)) afford(buffer.bytes);
         std::vector<std::byte*> bases(plan.buffers.size(), nullptr);
         for (std::size_t i = 0; i < plan.buffers.size(); ++i) {
             Buffer& buffer = plan.buffers[i];
@@ -149,6 +156,8 @@ void Planner::alias(int output, const Fact& view) {
 }
 
 void Planner::give(int output, const Tensor& tensor) { alias(output, state_.held(tensor)); }
+
+void Planner::afford(std::size_t bytes) { state_.afford(bytes); }
 
 Fact Planner::hold(const Tensor& tensor) { return state_.held(tensor); }
 

@@ -136,6 +136,8 @@ public:
     void alias(int output, const Fact& view);
     // An output that is known without its inputs' elements, as Shape's is.
     void give(int output, const Tensor& tensor);
+    // Throws Unsupported where this many bytes more of constants are more than a plan may compute.
+    void afford(std::size_t bytes);
     // A constant that is no output: what a rule works out while planning and its step reads.
     Fact hold(const Tensor& tensor);
     // Room that only this step uses: dense, row-major.

@@ -1,7 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """Small ONNX models for tests of the engine, and their answers in ONNX Runtime."""
 
+import hashlib
+import os
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -59,9 +62,25 @@ def onnxruntime(made: onnx.ModelProto, inputs: Arrays) -> dict[str, NDArray[Any]
     return dict(zip((o.name for o in session.get_outputs()), session.run(None, dict(inputs)), strict=True))
 
 
+def record(folder: Path, made: onnx.ModelProto, inputs: Arrays, expected: Arrays, tolerance: float) -> None:
+    """A case, laid out as ONNX lays out its own, for where there is no Python: engine/tests/replay.cpp."""
+    files = {"model.onnx": made.SerializeToString(), "tolerance": str(tolerance).encode()}
+    for stem, values, arrays in (("input", made.graph.input, inputs), ("output", made.graph.output, expected)):
+        for i, value in enumerate(values):
+            files[f"{stem}_{i}.pb"] = numpy_helper.from_array(
+                np.asarray(arrays[value.name], order="C")
+            ).SerializeToString()
+    case = folder / hashlib.sha256(b"".join(files.values())).hexdigest()[:16]
+    case.mkdir(exist_ok=True)
+    for name, data in files.items():
+        (case / name).write_bytes(data)
+
+
 def check(made: onnx.ModelProto, inputs: Arrays, tolerance: float = 1e-5, instruction_sets: Sequence[str] = ()) -> None:
     """The engine answers as ONNX Runtime does, in every instruction set, by one thread and by three."""
     expected = onnxruntime(made, inputs)
+    if "FEATHERWEIGHT_RECORD" in os.environ:
+        record(Path(os.environ["FEATHERWEIGHT_RECORD"]), made, inputs, expected, tolerance)
     for name in instruction_sets or core.instruction_sets():
         for threads in (1, 3):
             found = engine(made, inputs, threads, name)

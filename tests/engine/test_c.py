@@ -4,7 +4,6 @@
 import ctypes as c
 import os
 import shutil
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -15,37 +14,22 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 
 import featherweight_engine as core
+from tests.engine.builds import ENGINE, QUICKLY, build, call, sanitized
 
-ENGINE = Path(__file__).parents[2] / "engine"
 COMPILER = shutil.which("cc")
+SANITIZER = os.environ.get("FEATHERWEIGHT_SANITIZED")  # what this process was made ready for by `make sanitize`
 pytestmark = pytest.mark.skipif(COMPILER is None or shutil.which("cmake") is None, reason="no C compiler or no CMake")
-
-
-def call(*command: str | Path) -> str:
-    ran = subprocess.run([str(part) for part in command], capture_output=True, text=True)
-    assert ran.returncode == 0, f"{ran.stdout}\n{ran.stderr}"
-    return ran.stdout
 
 
 @pytest.fixture(scope="module")
 def installed(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The library, built in a folder that later runs take up again, and installed."""
-    build, prefix = ENGINE / "build" / "c", tmp_path_factory.mktemp("prefix")
-    generator = ["-G", "Ninja"] if shutil.which("ninja") else []
-    quickly = ["-DFEATHERWEIGHT_PYTHON=OFF", "-DCMAKE_BUILD_TYPE=Debug", "-DCMAKE_CXX_FLAGS_DEBUG=-O1"]
-    call(
-        "cmake",
-        "-S",
-        ENGINE,
-        "-B",
-        build,
-        *generator,
-        *quickly,
-        "-DCMAKE_INSTALL_LIBDIR=lib",
-        f"-DCMAKE_INSTALL_PREFIX={prefix}",
-    )
-    call("cmake", "--build", build, "--parallel", str(len(os.sched_getaffinity(0))))
-    call("cmake", "--install", build)
+    """The library, built and installed."""
+    prefix = tmp_path_factory.mktemp("prefix")
+    library = ("-DCMAKE_INSTALL_LIBDIR=lib",)
+    if SANITIZER is None:
+        build("c", *QUICKLY, "-DFEATHERWEIGHT_PYTHON=OFF", *library, targets=("featherweight_engine",), install=prefix)
+    else:
+        sanitized(SANITIZER, *library, targets=("featherweight_engine",), install=prefix)
     return prefix
 
 

@@ -32,7 +32,8 @@ void shape(Planner& planner) {
 void size(Planner& planner) { planner.give(0, scalar_of(planner.in(0).size())); }
 
 template <class T>
-Tensor range_of(T start, std::int64_t size, T delta) {
+Tensor range_of(Planner& planner, T start, std::int64_t size, T delta) {
+    planner.afford(bytes_of(type_of<T>(), {size}));
     Tensor made(type_of<T>(), {size});
     for (std::int64_t i = 0; i < size; ++i) made.as<T>()[i] = static_cast<T>(start + static_cast<T>(i) * delta);
     return made;
@@ -47,7 +48,7 @@ void range(Planner& planner) {
         if (step == 0) throw Error("its step is zero");
         const double steps = std::ceil((*limit.as<float>() - first) / step);
         if (!(steps < 0x1p40)) throw Error("it is too long");
-        return planner.give(0, range_of<float>(*start.as<float>(), steps > 0 ? static_cast<std::int64_t>(steps) : 0, *delta.as<float>()));
+        return planner.give(0, range_of<float>(planner, *start.as<float>(), steps > 0 ? static_cast<std::int64_t>(steps) : 0, *delta.as<float>()));
     }
     if (start.type != Type::i32 && start.type != Type::i64) throw Unsupported(std::string("a range of ") + name_of(start.type));
     const std::int64_t first = planner.integers(0)[0], last = planner.integers(1)[0], step = planner.integers(2)[0];
@@ -59,8 +60,8 @@ void range(Planner& planner) {
     const std::uint64_t steps = distance / stride + (distance % stride != 0);
     if (steps > std::uint64_t{1} << 40) throw Error("it is too long");
     const std::int64_t many = static_cast<std::int64_t>(steps);
-    if (start.type == Type::i64) return planner.give(0, range_of<std::int64_t>(first, many, step));
-    planner.give(0, range_of<std::int32_t>(static_cast<std::int32_t>(first), many, static_cast<std::int32_t>(step)));
+    if (start.type == Type::i64) return planner.give(0, range_of<std::int64_t>(planner, first, many, step));
+    planner.give(0, range_of<std::int32_t>(planner, static_cast<std::int32_t>(first), many, static_cast<std::int32_t>(step)));
 }
 
 void constant_of_shape(Planner& planner) {
