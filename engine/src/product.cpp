@@ -4,6 +4,7 @@
 #include <algorithm>
 #include <atomic>
 #include <limits>
+#include <map>
 
 #include "error.hpp"
 
@@ -98,11 +99,11 @@ Matrix packed_matrix(const float* weights, const Geometry& g, const Choice& choi
     return made;
 }
 
-Window window_of(const Geometry& g, const Tiling::Tile& tile, bool always) {
+Window window_of(const Geometry& g, const std::vector<Tiling::Piece>& pieces, bool always) {
     Window made;
     if (!always && g.is_pointwise()) {
         int at = 0;
-        for (const Tiling::Piece& piece : tile.pieces) {
+        for (const Tiling::Piece& piece : pieces) {
             made.lines.push_back({g.in[piece.image] + static_cast<std::ptrdiff_t>(piece.first), at, piece.size});
             at += piece.size;
         }
@@ -116,7 +117,7 @@ Window window_of(const Geometry& g, const Tiling::Tile& tile, bool always) {
     };
     std::vector<Part> parts;
     int at = 0;
-    for (const Tiling::Piece& piece : tile.pieces)
+    for (const Tiling::Piece& piece : pieces)
         for (std::int64_t p = piece.first, end = piece.first + piece.size; p < end;) {
             const std::int64_t x = p % dx.out, size = std::min(end - p, dx.out - x), y = p / dx.out;
             parts.push_back({piece.image, y / dy.out, y % dy.out, x, at, static_cast<int>(size)});
@@ -177,15 +178,46 @@ Window window_of(const Geometry& g, const Tiling::Tile& tile, bool always) {
     return made;
 }
 
+namespace {
+
+// Makes a window's places in the input relative to the first, and gives that one.
+std::ptrdiff_t taken_from(Window& window) {
+    std::ptrdiff_t base = 0;
+    if (window.stretches.empty()) {
+        base = window.lines[0].from;
+        for (Line& line : window.lines) line.from -= base;
+        return base;
+    }
+    const auto read = std::find_if(window.stretches.begin(), window.stretches.end(), [](const Stretch& s) { return s.size > 0; });
+    if (read == window.stretches.end()) return 0;
+    base = read->from;
+    for (Stretch& stretch : window.stretches) stretch.from = stretch.size > 0 ? stretch.from - base : 0;
+    return base;
+}
+
+std::vector<std::int64_t> numbers_of(const Window& window) {  // all that tells one from another
+    std::vector<std::int64_t> made;
+    for (const Stretch& s : window.stretches) made.insert(made.end(), {s.from, s.left, s.size, s.right});
+    for (const Line& line : window.lines) made.insert(made.end(), {line.from, line.at, line.size});
+    made.insert(made.end(), window.shifts.begin(), window.shifts.end());
+    return made;
+}
+
+}  // namespace
+
 Tiling tiling(const Geometry& geometry, const Matrix& matrix, const Choice& choice, int lanes, int threads) {
     Tiling made;
     const std::int64_t positions = geometry.positions();
     const std::int64_t most = static_cast<std::int64_t>(choice.width) * lanes;
     const int images = static_cast<int>(geometry.in.size());
     const auto add = [&](std::vector<Tiling::Piece> pieces) {
-        std::int64_t size = 0;
-        for (const Tiling::Piece& piece : pieces) size += piece.size;
-        made.tiles.push_back({static_cast<int>((size + lanes - 1) / lanes), std::move(pieces)});
+        int size = 0;
+        std::vector<Segment> segments;
+        for (const Tiling::Piece& piece : pieces) {
+            segments.push_back({geometry.out[piece.image] + static_cast<std::ptrdiff_t>(piece.first), size, piece.size});
+            size += piece.size;
+        }
+        made.tiles.push_back({(size + lanes - 1) / lanes, std::move(pieces), std::move(segments)});
     };
     // Registers are shared out evenly: 13 of them by 4 are 4, 3, 3, 3.
     const auto split = [&](std::int64_t size, const auto& each) {
@@ -244,7 +276,15 @@ Tiling tiling(const Geometry& geometry, const Matrix& matrix, const Choice& choi
         made.scratch = static_cast<std::size_t>(rows);
         return made;
     }
-    for (const Tiling::Tile& tile : made.tiles) made.window = std::max(made.window, window_of(geometry, tile).size);
+    std::map<std::vector<std::int64_t>, int> known;
+    for (Tiling::Tile& tile : made.tiles) {
+        Window window = window_of(geometry, tile.pieces);
+        made.window = std::max(made.window, window.size);
+        tile.base = taken_from(window);
+        const auto [found, is_new] = known.emplace(numbers_of(window), static_cast<int>(made.windows.size()));
+        if (is_new) made.windows.push_back(std::move(window));
+        tile.window = found->second;
+    }
     // Behind each part a register is left, since whole ones are written.
     const auto whole = [&](std::size_t floats) { return (floats / lanes + 2) * lanes; };
     made.window = whole(made.window);
@@ -263,15 +303,9 @@ void multiply(const Geometry& geometry, const Matrix& matrix, const Choice& choi
     const std::ptrdiff_t width = static_cast<std::ptrdiff_t>(tile.width) * lanes;
     const int depth = static_cast<int>(geometry.depth()), block = choice.block;
 
-    std::vector<Segment> segments;
-    int at = 0;
-    for (const Tiling::Piece& piece : tile.pieces) {
-        segments.push_back({geometry.out[piece.image] + static_cast<std::ptrdiff_t>(piece.first), at, piece.size});
-        at += piece.size;
-    }
     Finisher to = finisher;
-    to.segments = segments.data();
-    to.count = static_cast<int>(segments.size());
+    to.segments = tile.segments.data();
+    to.count = static_cast<int>(tile.segments.size());
 
     if (choice.vector) {
         if (!matrix.sparse) return kernels.product.dense_vector(choice.width, matrix.dense->values.data(), depth, begin, end, in + geometry.in[0], to);
@@ -284,11 +318,11 @@ void multiply(const Geometry& geometry, const Matrix& matrix, const Choice& choi
     }
 
     // A tile that is not full of positions is copied even where it could be read in place: what lies behind is not ours.
-    const bool packed = choice.packed || tile.pieces.size() != 1 || at != width;
+    const bool packed = choice.packed || tile.segments.size() != 1 || tile.segments[0].size != width;
     float* window = scratch;
     float* panel = window + tiling.window;
     float* sums = panel + (static_cast<std::ptrdiff_t>(std::min(block, depth)) * choice.width + 2) * lanes;
-    const Window source = packed ? window_of(geometry, tile) : Window{};
+    const Window& source = tiling.windows[tile.window];
     for (int first = 0; first < std::max(depth, 1); first += block) {
         const int size = std::min(block, depth - first);
         const float* rows = panel;
@@ -299,7 +333,7 @@ void multiply(const Geometry& geometry, const Matrix& matrix, const Choice& choi
             step = geometry.channel_step;
         } else {
             for (const Columns::Run& run : columns.runs) {
-                const float* from = in + run.channel * geometry.channel_step;
+                const float* from = in + tile.base + run.channel * geometry.channel_step;
                 if (!source.stretches.empty()) {
                     kernels.product.pack(source.stretches.data(), static_cast<int>(source.stretches.size()), from, window);
                     from = window;

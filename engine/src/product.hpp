@@ -90,6 +90,15 @@ struct Matrix {  // one of the two
 
 Matrix packed_matrix(const float* weights, const Geometry& geometry, const Choice& choice, const Kernels& kernels);
 
+// How one tile's part of the input is brought together. Taps of a channel overlap: its lines are first copied into a window,
+// padded, columns sorted by their remainder to the stride, so that every tap is a contiguous stretch of every line.
+struct Window {
+    std::vector<Stretch> stretches;      // empty where lines are taken from the input as they lie
+    std::vector<Line> lines;
+    std::vector<std::ptrdiff_t> shifts;  // by tap
+    std::size_t size = 0;                // floats
+};
+
 // The tiles of a product, and which task takes which.
 struct Tiling {
     struct Piece {  // of one image
@@ -100,25 +109,20 @@ struct Tiling {
     struct Tile {
         int width;  // registers
         std::vector<Piece> pieces;
+        std::vector<Segment> segments;  // the pieces, as they lie in the output
+        int window = 0;                 // which of `windows`
+        std::ptrdiff_t base = 0;        // added to where that one's input lies
     };
     std::vector<Tile> tiles;
+    std::vector<Window> windows;   // tiles inside an image have the same but for a shift
     std::size_t window = 0;        // floats of the widest tile's window on one channel
     std::vector<int> cuts;         // rows are cut here, so that parts have as many non-zeros each: parts + 1
     std::size_t scratch = 0;       // floats that one thread needs
     int tasks() const { return static_cast<int>(tiles.size() * (cuts.size() - 1)); }
 };
 
-// How one tile's part of the input is brought together. Taps of a channel overlap: its lines are first copied into a window,
-// padded, columns sorted by their remainder to the stride, so that every tap is a contiguous stretch of every line.
-struct Window {
-    std::vector<Stretch> stretches;      // empty where lines are taken from the input as they lie
-    std::vector<Line> lines;
-    std::vector<std::ptrdiff_t> shifts;  // by tap
-    std::size_t size = 0;                // floats
-};
-
 // `always`: a window is made even where lines could be taken as they lie.
-Window window_of(const Geometry& geometry, const Tiling::Tile& tile, bool always = false);
+Window window_of(const Geometry& geometry, const std::vector<Tiling::Piece>& pieces, bool always = false);
 
 Tiling tiling(const Geometry& geometry, const Matrix& matrix, const Choice& choice, int lanes, int threads);
 

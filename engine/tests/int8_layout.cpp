@@ -73,7 +73,7 @@ Layer layer(int rows, int channels, std::int64_t size, std::int64_t kernel, doub
 __attribute__((target("avx512f,avx512bw,avx512vnni"))) void multiply_int8(const Layer& l, const Tiling& tiling, int tile_at, const std::uint8_t* in,
                                                                           std::uint8_t* out, float* scratch, const Kernels& kernels) {
     const Tiling::Tile& tile = tiling.tiles[tile_at];
-    const Window source = window_of(l.g, tile);
+    const Window source = window_of(l.g, tile.pieces);
     float* panel = scratch + tiling.window;
     auto* sums = reinterpret_cast<std::int32_t*>(panel + (l.tiles.block * width + 2) * lanes);
     const std::ptrdiff_t step = tile.width * lanes;

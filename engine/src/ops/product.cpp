@@ -252,7 +252,7 @@ void add_depthwise(Planner& planner, const Geometry& g, int channels, int multip
         Chunk chunk;
         const std::int64_t count = std::min(rows, height - first);
         chunk.first = first;
-        chunk.window = window_of(plane, {1, {{0, first * width, static_cast<int>(count * width)}}}, true);
+        chunk.window = window_of(plane, {{0, first * width, static_cast<int>(count * width)}}, true);
         chunk.offsets.assign(chunk.window.shifts.begin(), chunk.window.shifts.end());
         chunk.row = count > 1 ? chunk.window.lines[1].from - chunk.window.lines[0].from : width;
         const std::int64_t all = (count - 1) * chunk.row + width;
