@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import nn
 
-from featherweight.deploy import Session, engine_session, export_onnx
+from featherweight.deploy import EngineSession, export_onnx
 from featherweight.errors import OptionError
 from featherweight.measure import eval_copy, run_once
 from featherweight.runtime import Engine, Port, Profile, Row, load
@@ -18,20 +18,11 @@ from featherweight.task import describe
 __all__ = ["Compiled", "Engine", "Port", "Profile", "Row", "compile", "load"]
 
 
-class Compiled(Session):
+class Compiled(EngineSession):
     """A module in the engine, called as the module is; `engine` is what runs it, and knows its profile."""
 
     def __init__(self, engine: Engine, like: Any, folder: tempfile.TemporaryDirectory[str]) -> None:
-        inner = engine_session(engine)
-        super().__init__(
-            inner.name,
-            inner.run,
-            threads=inner.threads,
-            input_names=inner.input_names,
-            output_names=inner.output_names,
-            like=like,
-        )
-        self.engine = engine
+        super().__init__(engine, like)
         self._folder = folder  # the file is read again where another batch changes what runs where
 
 

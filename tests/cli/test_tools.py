@@ -111,7 +111,16 @@ def test_bench_times_the_engine_beside_stock_runtimes(project: Path, run: Run, e
     assert [row["runtime"] for row in answer["rows"]] == runtimes
     assert all(0 < row["latency"]["median_ms"] < 100 and row["latency"]["threads"] == 1 for row in answer["rows"])
     assert "featherweight-engine" in answer["machine"]["versions"]
-    assert "the engine" in run(*words).stdout
+    assert [row["comparison"] is None for row in answer["rows"]] == [True, False, False, False]
+    shown = " ".join(run(*words).stdout.split())
+    assert "the engine runs all of it itself" in shown and "left out" not in shown
+
+
+def test_bench_leaves_torch_out_of_a_file_without_a_class_and_says_so(project: Path, run: Run, exported: Path) -> None:
+    words = ("bench", exported / "model.onnx", "--runtime", "torch,engine,onnxruntime", "--threads", 1, "--runs", 50)
+    answer = run(*words, "--json").answer
+    assert [row["runtime"] for row in answer["rows"]] == ["engine", "onnxruntime"]
+    assert "PyTorch is left out" in answer["notes"][0] and "needs the model's class" in answer["notes"][0]
 
 
 def test_bench_finds_the_slower_one(project: Path, run: Run, exported: Path) -> None:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`featherweight bench`: two or more models timed side by side, in each runtime that all of them can run in.
+"""`featherweight bench`: models timed side by side, in each runtime that all of them can run in.
 
 All are interleaved call by call on the same number of threads, so that a machine that slows down does so for all.
 """
@@ -79,21 +79,26 @@ def bench(
 ) -> dict[str, Any]:
     """Times each of `models` in each runtime, all interleaved; compares each with the first one in the same runtime.
 
-    A quantized ONNX file is timed beside itself in float32 too, and `integers` tells what each runtime makes of it.
+    One model alone is compared with itself in the first runtime. A quantized ONNX file is timed beside itself in float32
+    too, and `integers` tells what each runtime makes of it. `notes` tells what is left out, and what the engine hands over.
 
-    Raises `OptionError` for a runtime that one of the models cannot run in, `ArtefactError` for files that are missing.
+    Raises `OptionError` where no runtime can run all models, `ArtefactError` for files that are missing.
     """
     from featherweight import deploy, measure
 
     threads = threads or len(os.sched_getaffinity(0))
     with tempfile.TemporaryDirectory() as scratch:
         opened = [_Source(name, model, Path(scratch) / f"{index}.onnx") for index, name in enumerate(models)]
-        chosen = _runtimes(opened, runtimes)
+        chosen, notes = _runtimes(opened, runtimes)
         examples = sources.parse_inputs(inputs) if inputs else _declared(opened, batch)
         calls: dict[tuple[str, str], Callable[[], Any]] = {}
+        engines = []
         for name in chosen:
             for index, source in enumerate(opened):
-                calls[f"{index} {source.name}", name] = _call(source.open(name, threads, examples), examples)
+                session = source.open(name, threads, examples)
+                calls[f"{index} {source.name}", name] = _call(session, examples)
+                if isinstance(session, deploy.EngineSession):
+                    engines.append((session.engine, str(source.onnx), source.name))
         twins = _float_twins(opened, chosen, Path(scratch))
         for (index, name), file in twins.items():
             calls[f"{index} float32", name] = _call(deploy.session(file, name, threads), examples)
@@ -101,6 +106,7 @@ def bench(
         timed = measure.time_callables(
             {f"{label} {name}": call for (label, name), call in calls.items()}, threads=threads, batch=items, runs=runs
         )
+        notes += [engine.describe().replace(path, name) for engine, path, name in engines]
         sizes = [source.bytes() for source in opened]
         integers = [
             _integers(
@@ -110,13 +116,13 @@ def bench(
         ]
     rows = []
     for name in chosen:
-        first = timed[f"0 {opened[0].name} {name}"]
+        first = timed[f"0 {opened[0].name} {chosen[0] if len(opened) == 1 else name}"]
         for index, source in enumerate(opened):
             latency = timed[f"{index} {source.name} {name}"]
             row = {"model": source.name, "runtime": name, "bytes": sizes[index], "latency": latency.to_dict()}
-            rows.append({**row, "comparison": measure.compare(first, latency).to_dict() if index else None})
+            rows.append({**row, "comparison": None if latency is first else measure.compare(first, latency).to_dict()})
     facts = {"inputs": [list(x.shape) for x in examples], "threads": threads, "rows": rows, "integers": integers}
-    return {**facts, "machine": measure.machine_facts()}
+    return {**facts, "notes": notes, "machine": measure.machine_facts()}
 
 
 def _float_twins(opened: Sequence[_Source], runtimes: Sequence[str], scratch: Path) -> dict[tuple[int, str], Path]:
@@ -176,8 +182,7 @@ class _Source:
 
         if runtime == "torch":
             if self.module is None:
-                hint = " Give --model package.module:factory." if self.folder is not None else ""
-                raise OptionError(f"{self.name} cannot run in torch, which needs the model's class.{hint}")
+                raise OptionError(self.without_torch())
             return deploy.torch_session(self.module, threads)
         if self.onnx is None or not self.onnx.is_file():
             if self.module is None:
@@ -186,13 +191,18 @@ class _Source:
             self.onnx = self.scratch
         return deploy.session(self.onnx, runtime, threads)
 
+    def without_torch(self) -> str:
+        hint = " Give --model package.module:factory." if self.folder is not None else ""
+        return f"{self.name} cannot run in torch, which needs the model's class.{hint}"
+
     def bytes(self) -> int | None:
         """Of the file that ships: the packed one of a folder, else the ONNX file."""
         file = self.onnx if self.folder is None else self.folder / "model.safetensors"
         return file.stat().st_size if file is not None and file.is_file() else None
 
 
-def _runtimes(opened: Sequence[_Source], wanted: Sequence[str] | None) -> list[str]:
+def _runtimes(opened: Sequence[_Source], wanted: Sequence[str] | None) -> tuple[list[str], list[str]]:
+    """Those to time, and what is to be said of those that are not."""
     from featherweight.deploy import RUNTIMES, available_runtimes
 
     known = ("torch", *RUNTIMES)
@@ -201,13 +211,17 @@ def _runtimes(opened: Sequence[_Source], wanted: Sequence[str] | None) -> list[s
             raise OptionError(
                 f"--runtime {name!r} is none of {', '.join(known)}. Nearest: {', '.join(nearest(name, known))}."
             )
+    classless = next((source for source in opened if source.module is None), None)
     if wanted:
-        return list(dict.fromkeys(wanted))
-    in_torch = all(source.module is not None for source in opened)
-    found = [*(["torch"] if in_torch else []), *available_runtimes()]
+        chosen = list(dict.fromkeys(wanted))
+        if classless is None or "torch" not in chosen or chosen == ["torch"]:
+            return chosen, []
+        chosen.remove("torch")
+        return chosen, [f"PyTorch is left out: {classless.without_torch()}"]
+    found = [*(["torch"] if classless is None else []), *available_runtimes()]
     if not found:
         raise OptionError('No runtime can run all of these. For ONNX files: pip install "featherweight[onnx]".')
-    return found
+    return found, []
 
 
 def _declared(opened: Sequence[_Source], batch: int) -> tuple[Tensor, ...]:
@@ -238,6 +252,6 @@ def _show(found: Mapping[str, Any]) -> None:
         for row in found["rows"]
     ]
     table(("model", "runtime", "file", "median", "p90", "first call", "n", ""), rows, right=(2, 3, 4, 5, 6))
-    for row in found["integers"]:
+    for said in [*(row["words"] for row in found["integers"]), *found["notes"]]:
         say()
-        say(row["words"])
+        say(said)

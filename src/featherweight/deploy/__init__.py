@@ -7,12 +7,13 @@ from featherweight.deploy.integer import Agreement, IntegerReference, NodeAgreem
 from featherweight.deploy.parity import Parity, check_parity, parity, sample_inputs
 from featherweight.deploy.qdq import Integers, without_integers
 from featherweight.deploy.ranges import calibration_inputs, other_sizes
-from featherweight.deploy.sessions import RUNTIMES, Session, available_runtimes, engine_session, session, torch_session
+from featherweight.deploy.sessions import RUNTIMES, EngineSession, Session, available_runtimes, session, torch_session
 
 __all__ = [
     "INTEGER_RUNTIMES",
     "RUNTIMES",
     "Agreement",
+    "EngineSession",
     "Export",
     "Form",
     "IntegerReference",
@@ -25,7 +26,6 @@ __all__ = [
     "available_runtimes",
     "calibration_inputs",
     "check_parity",
-    "engine_session",
     "export_onnx",
     "form_in",
     "int8_instructions",

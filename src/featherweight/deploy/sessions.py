@@ -27,9 +27,9 @@ from featherweight.task import describe
 
 __all__ = [
     "RUNTIMES",
+    "EngineSession",
     "Session",
     "available_runtimes",
-    "engine_session",
     "flatten_inputs",
     "named_tensors",
     "openvino_core",
@@ -68,13 +68,13 @@ class Session(nn.Module):
         self.threads = threads
         self.input_names = tuple(input_names)
         self.output_names = tuple(output_names)
-        self.run = run
+        self._run = run
         self._like = None if like is None else tree_flatten(like)
 
     def forward(self, *inputs: Any, **named: Any) -> Any:
         if named and self.input_names:
             inputs, named = self._in_order(inputs, named), {}
-        outputs = self.run(inputs, **named)
+        outputs = self._run(inputs, **named)
         if self._like is None:
             return outputs[0] if len(outputs) == 1 else tuple(outputs)
         leaves, structure = self._like
@@ -256,19 +256,22 @@ def _openvino(path: Path, threads: int | None, like: Any = None, exact: bool = F
     return Session("openvino", run, threads=threads, input_names=names, output_names=outputs, like=like)
 
 
+class EngineSession(Session):
+    """The engine, called as the model is; `engine` tells what it runs itself, and where its time goes."""
+
+    def __init__(self, engine: Engine, like: Any = None) -> None:
+        names, outputs = ([port.name for port in side] for side in (engine.inputs, engine.outputs))
+
+        def run(inputs: tuple[Any, ...]) -> list[Tensor]:
+            answer = engine.run(dict(zip(names, _arrays(inputs, names), strict=True)))
+            return [torch.from_numpy(answer[name]) for name in outputs]
+
+        super().__init__("engine", run, threads=engine.threads, input_names=names, output_names=outputs, like=like)
+        self.engine = engine
+
+
 def _engine(path: Path, threads: int | None, like: Any = None, exact: bool = False) -> Session:
-    return engine_session(load(path, threads, exact=exact), like)
-
-
-def engine_session(engine: Engine, like: Any = None) -> Session:
-    """The engine, called as the model is."""
-    names, outputs = ([port.name for port in side] for side in (engine.inputs, engine.outputs))
-
-    def run(inputs: tuple[Any, ...]) -> list[Tensor]:
-        answer = engine.run(dict(zip(names, _arrays(inputs, names), strict=True)))
-        return [torch.from_numpy(answer[name]) for name in outputs]
-
-    return Session("engine", run, threads=engine.threads, input_names=names, output_names=outputs, like=like)
+    return EngineSession(load(path, threads, exact=exact), like)
 
 
 RUNTIMES: Mapping[str, Callable[..., Session]] = {

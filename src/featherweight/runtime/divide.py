@@ -75,26 +75,26 @@ class Division:
         except Refused as refusal:
             raise _RefusedPiece(refusal, piece) from refusal
 
+    def handed_over(self) -> dict[str, list[str]]:
+        """The ops of the nodes that run in ONNX Runtime, by the reason why."""
+        near = "it stands between such nodes, without a matrix product for the engine"
+        if not any(piece.own for piece in self._pieces):
+            near = "there is no matrix product for the engine"
+        found: dict[str, list[str]] = {}
+        for i in dict.fromkeys(i for piece in self._pieces if not piece.own for i in piece.nodes):
+            found.setdefault(self._foreign.get(i, near), []).append(self._ops[i])
+        return found
+
     def describe(self) -> list[str]:
         """In plain words, a line for each reason why something goes to ONNX Runtime."""
-        foreign = [i for piece in self._pieces if not piece.own for i in piece.nodes]
-        own = [i for piece in self._pieces if piece.own for i in piece.nodes]
-        why: dict[str, list[int]] = {}
-        for i in dict.fromkeys(foreign):
-            near = (
-                "it stands between such nodes, without a matrix product"
-                if own
-                else "there is no matrix product for the engine"
-            )
-            why.setdefault(self._foreign.get(i, near), []).append(i)
-        parts = f"{len(self._pieces)} parts that take turns"
-        lines = [f"all of it runs in ONNX Runtime: {self._kinds(foreign)}."]
+        own = [self._ops[i] for piece in self._pieces if piece.own for i in piece.nodes]
+        why = self.handed_over()
+        foreign = kinds(op for ops in why.values() for op in ops)
+        lines = [f"all of it runs in ONNX Runtime: {foreign}."]
         if own:
-            lines = [f"{parts}. In the engine: {self._kinds(own)}. In ONNX Runtime: {self._kinds(foreign)}."]
-        return [*lines, *(f"  {self._kinds(nodes)} in ONNX Runtime: {reason}." for reason, nodes in why.items())]
-
-    def _kinds(self, nodes: Iterable[int]) -> str:
-        return kinds(self._ops[i] for i in nodes)
+            parts = f"{len(self._pieces)} parts that take turns"
+            lines = [f"{parts}. In the engine: {kinds(own)}. In ONNX Runtime: {foreign}."]
+        return [*lines, *(f"  {kinds(ops)} in ONNX Runtime: {reason}." for reason, ops in why.items())]
 
 
 class _RefusedPiece(Exception):

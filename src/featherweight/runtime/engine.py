@@ -102,6 +102,11 @@ class Engine:
         """Whether nothing is handed to ONNX Runtime."""
         return self._division is None
 
+    @property
+    def handed_over(self) -> dict[str, list[str]]:
+        """What runs in ONNX Runtime: the ops of its nodes, by the reason why. Empty where the engine is `whole`."""
+        return {} if self._division is None else self._division.handed_over()
+
     def run(self, inputs: Mapping[str, Any]) -> dict[str, Any]:
         """The outputs by name, for arrays by name: names, types and shapes are those of ONNX Runtime's session.
 
