@@ -19,10 +19,10 @@ ENGINE := $(VENV)/.engine
 # Twice quiet hides pip's warnings (a package index that a machine lists but lacks, say) and shows its errors.
 PIP_INSTALL := $(BIN)/python -m pip install -qq --disable-pip-version-check
 
-.PHONY: help install demo test lint types levels pytest gradual reconstruct comb quantize zoo sanitize fuzz aarch64 clean
+.PHONY: help install demo test lint types levels pytest gradual reconstruct comb quantize zoo engine-zoo sanitize fuzz aarch64 clean
 
 help: ## List the targets
-	@grep -hE '^[a-z0-9]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z0-9]+):.*## /\1\t/' | expand -t 12
+	@grep -hE '^[a-z0-9-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z0-9-]+):.*## /\1\t/' | expand -t 12
 
 # What the engine is made of: a change of any makes it anew, and only what depends on it is compiled.
 ENGINE_SOURCES := $(shell find engine -name 'build*' -prune -o -type f ! -name '*.so' ! -name '*.pyc' -print)
@@ -82,6 +82,9 @@ quantize: $(INSTALLED) ## The figures on fewer bits: two hours, and packages tha
 zoo: $(INSTALLED) ## Every small network of the zoo, combed, cut, trained, saved, loaded and exported: about an hour
 	$(BIN)/python -m tests.zoo.speed
 	$(BIN)/python -m tests.zoo.run
+
+engine-zoo: $(INSTALLED) ## Every network of the zoo in the engine beside ONNX Runtime: half an hour
+	$(BIN)/python -m benchmarks.engine.zoo --again
 
 sanitize: $(INSTALLED) ## The engine's tests under the address, undefined and thread sanitizers: half an hour
 	$(BIN)/python -m tests.engine.builds sanitize

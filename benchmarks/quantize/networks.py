@@ -25,7 +25,7 @@ from torch import nn
 import featherweight as fw
 from benchmarks.reconstruct.subjects import SUBJECTS, Subject, difference
 from featherweight import deploy, measure
-from featherweight.deploy import available_runtimes, calibration_inputs, session
+from featherweight.deploy import INTEGER_RUNTIMES, calibration_inputs, session
 from featherweight.errors import FeatherweightError
 
 RESULTS = Path(__file__).parent / "results"
@@ -120,7 +120,7 @@ def judged(subject: Subject, dense: Any, model: Any) -> Row:
 def in_runtimes(subject: Subject, dense: Any, whole: Path, small: Path, options: argparse.Namespace) -> Row:
     """By runtime: the metric of the file with integers, and the time of one call of it and of the float32 file; or why not."""
     told: Row = {}
-    for name in available_runtimes():
+    for name in INTEGER_RUNTIMES:
         try:
             one, other = (session(path, name, threads=options.threads) for path in (whole, small))
         except FeatherweightError as error:

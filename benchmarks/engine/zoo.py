@@ -1,0 +1,236 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`python -m benchmarks.engine.zoo [LABEL ...]`: every network of the zoo and of the benchmark, in the engine and in ONNX Runtime.
+
+Each is exported once, and run as it is and with 80 % of its layers' weights at zero; where the file leaves the batch
+open, at another batch too. A line of results/zoo.jsonl is one network: what the engine runs itself, what it hands over
+and why, and the largest difference, over the largest value of the same output. docs/engine.md has them as a table.
+Networks that have a line already are run again where they are named, or all of them with --again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import multiprocessing
+import os
+import re
+import signal
+import time
+from collections import Counter
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+from tests.zoo.architectures import architectures, find
+from torch import nn
+
+from benchmarks.engine import files
+from benchmarks.engine.networks import NETWORKS
+
+RESULTS = Path(__file__).parent / "results" / "zoo.jsonl"
+PAGE = Path(__file__).parents[2] / "docs" / "engine.md"
+TOLERANCE = 1e-4
+ZEROS = 0.8
+_LAYERS = {"Conv", "ConvTranspose", "Gemm", "MatMul"}
+
+Arrays = dict[str, np.ndarray]
+Facts = dict[str, Any]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.engine.zoo", description=__doc__)
+    parser.add_argument("labels", nargs="*")
+    parser.add_argument("--again", action="store_true")
+    parser.add_argument("--threads", type=int, default=2)
+    options = parser.parse_args()
+    os.environ |= {"TRANSFORMERS_OFFLINE": "1", "TRANSFORMERS_VERBOSITY": "error", "PYTHONWARNINGS": "ignore"}
+    everything = [each.label for each in architectures()] + [f"benchmark {name}" for name in NETWORKS]
+    lines = (
+        {facts["network"]: facts for facts in map(json.loads, RESULTS.read_text().splitlines())}
+        if RESULTS.exists()
+        else {}
+    )
+    todo = options.labels or [label for label in everything if options.again or label not in lines]
+    for label in todo:
+        start = time.perf_counter()
+        lines[label] = facts = {"network": label, **_in_a_process(label, options.threads)}
+        _write([lines[label] for label in everything if label in lines])
+        print(f"{label:28} {_words(facts)}  {time.perf_counter() - start:.0f} s", flush=True)
+
+
+def _words(facts: Facts) -> str:
+    if "failed" in facts:
+        return facts["failed"]
+    return f"{facts['error']:.1e} {'whole' if facts['whole'] else facts['handed_over']}"
+
+
+def _in_a_process(label: str, threads: int) -> Facts:
+    """A crash is a fact as well, and takes nothing else along."""
+    processes = multiprocessing.get_context("spawn")
+    ours, theirs = processes.Pipe(duplex=False)
+    child = processes.Process(target=_child, args=(label, threads, theirs))
+    child.start()
+    theirs.close()
+    try:
+        return ours.recv()
+    except EOFError:
+        child.join()
+        return {"failed": f"died of {signal.Signals(-child.exitcode).name}" if child.exitcode else "no answer"}
+    finally:
+        child.join()
+
+
+def _child(label: str, threads: int, answer: Any) -> None:
+    try:
+        answer.send(compare(*stored(label), threads))
+    except Exception as error:
+        answer.send({"failed": f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"})
+
+
+def stored(label: str) -> tuple[onnx.ModelProto, Arrays]:
+    """A network's graph and one call's arrays, exported the first time."""
+    folder = files.folder() / "zoo"
+    folder.mkdir(exist_ok=True)
+    path, arrays = folder / f"{label}.onnx", folder / f"{label}.npz"
+    if not arrays.exists():
+        _export(label, path, arrays)
+    with np.load(arrays) as archive:
+        return onnx.load(path), dict(archive)
+
+
+def _export(label: str, path: Path, arrays: Path) -> None:
+    from featherweight.deploy import export_onnx
+    from featherweight.deploy.sessions import flatten_inputs
+
+    model, inputs = _make(label)
+    if isinstance(inputs, dict):
+        model, inputs = _Positional(model, tuple(inputs)), tuple(inputs.values())
+    written = export_onnx(model, inputs, path)
+    names = [value.name for value in onnx.load(written.path, load_external_data=False).graph.input]
+    np.savez(arrays, **{name: leaf.numpy() for name, leaf in zip(names, flatten_inputs(inputs), strict=True)})
+
+
+def _make(label: str) -> tuple[nn.Module, Any]:
+    if not label.startswith("benchmark "):
+        return find(label).make()
+    from benchmarks.engine.networks import pruned
+
+    name = label.removeprefix("benchmark ")
+    return pruned(name, 0.0), NETWORKS[name].inputs(1)
+
+
+class _Positional(nn.Module):
+    """The exporter takes inputs by position."""
+
+    def __init__(self, model: nn.Module, names: tuple[str, ...]) -> None:
+        super().__init__()
+        self.model, self.names = model, names
+
+    def forward(self, *values: Any) -> Any:
+        return self.model(**dict(zip(self.names, values, strict=True)))
+
+
+def compare(model: onnx.ModelProto, inputs: Arrays, threads: int) -> Facts:
+    """The engine's answers beside ONNX Runtime's, dense and with zeros, at the example's batch and at another."""
+    from featherweight.runtime import load, open_onnxruntime
+
+    facts: Facts = {"nodes": len(model.graph.node), "differences": {}}
+    for zeros in (0.0, ZEROS):
+        if zeros:
+            _prune(model, zeros)
+        stock = open_onnxruntime(model.SerializeToString(), threads)
+        names = [value.name for value in stock.get_outputs()]
+        with load(model.SerializeToString(), threads) as engine:
+            for arrays in _batches(model, inputs):
+                try:
+                    expected = dict(zip(names, stock.run(names, arrays), strict=True))
+                except Exception:
+                    if arrays is inputs:
+                        raise
+                    continue  # the file says that the batch is open, and its graph that it is not
+                found = engine.run(arrays)
+                batch = next(iter(arrays.values())).shape[:1]
+                facts["differences"][f"{zeros:.0%} zeros, batch {batch[0] if batch else 1}"] = _difference(
+                    found, expected
+                )
+            facts |= {
+                "whole": engine.whole,
+                "handed_over": {why: dict(Counter(ops)) for why, ops in engine.handed_over.items()},
+            }
+    return facts | {"error": max(facts["differences"].values())}
+
+
+def _batches(model: onnx.ModelProto, inputs: Arrays) -> list[Arrays]:
+    dims = {value.name: value.type.tensor_type.shape.dim for value in model.graph.input}
+    open_ones = [name for name in inputs if dims[name] and dims[name][0].dim_param]
+    if not open_ones:
+        return [inputs]
+    return [inputs, inputs | {name: np.concatenate([inputs[name], inputs[name][:1]]) for name in open_ones}]
+
+
+def _prune(model: onnx.ModelProto, zeros: float) -> None:
+    """Takes the smallest weights out of each tensor that a layer multiplies with."""
+    weights = {tensor.name: tensor for tensor in model.graph.initializer}
+    read = {name for node in model.graph.node if node.op_type in _LAYERS for name in node.input[:2]} & weights.keys()
+    for name in read:
+        array = onnx.numpy_helper.to_array(weights[name]).copy()
+        if array.ndim >= 2 and array.dtype == np.float32:
+            array.reshape(-1)[np.abs(array).reshape(-1).argsort()[: int(zeros * array.size)]] = 0
+            weights[name].CopyFrom(onnx.numpy_helper.from_array(array, name))
+
+
+def _difference(found: Mapping[str, np.ndarray], expected: Mapping[str, np.ndarray]) -> float:
+    if list(found) != list(expected):
+        return float("inf")
+    worst = 0.0
+    for name, want in expected.items():
+        have = found[name]
+        if have.shape != want.shape or have.dtype != want.dtype:
+            return float("inf")
+        if want.dtype.kind != "f" or not want.size:
+            worst = max(worst, 0.0 if np.array_equal(have, want) else float("inf"))
+            continue
+        finite = np.isfinite(want)
+        if not np.array_equal(have[~finite], want[~finite], equal_nan=True):
+            return float("inf")
+        largest = float(np.abs(want[finite]).max(initial=0.0)) or 1.0
+        worst = max(worst, float(np.abs(have[finite] - want[finite]).max(initial=0.0)) / largest)
+    return worst
+
+
+def _write(lines: list[Facts]) -> None:
+    RESULTS.parent.mkdir(exist_ok=True)
+    RESULTS.write_text("".join(f"{json.dumps(facts)}\n" for facts in lines), encoding="utf-8")
+    if PAGE.exists():
+        body = lambda marks: f"{marks[1]}\n{page(lines)}\n\n{marks[2]}"  # noqa: E731
+        text = re.sub(r"(<!-- zoo -->\n).*?(<!-- end -->)", body, PAGE.read_text(), flags=re.DOTALL)
+        PAGE.write_text(text, encoding="utf-8")
+
+
+def page(lines: list[Facts]) -> str:
+    """The goal, and a row for each network that is not wholly the engine's own."""
+    told = [facts for facts in lines if "failed" not in facts]
+    whole = [facts for facts in told if facts["whole"]]
+    close = [facts for facts in told if facts["error"] <= TOLERANCE]
+    largest = max(told, key=lambda facts: facts["error"])
+    failed = [f"{facts['network']} ({facts['failed']})" for facts in lines if "failed" in facts]
+    rows = [
+        f"{len(lines)} networks: {len(whole)} wholly in the engine, {len(told) - len(whole)} split; {len(close)} within "
+        f"{TOLERANCE:g} of ONNX Runtime, the largest difference {largest['error']:.1e} ({largest['network']})."
+        + (f" Not run: {'; '.join(failed)}." if failed else ""),
+        "",
+        "| network | in ONNX Runtime | because | largest difference |",
+        "| --- | --- | --- | --- |",
+        f"| {len(whole)} networks | nothing | | {max((facts['error'] for facts in whole), default=0.0):.1e} |",
+    ]
+    for facts in told:
+        for why, ops in facts["handed_over"].items():
+            listed = ", ".join(op if n == 1 else f"{op} {n}" for op, n in ops.items())
+            rows.append(f"| {facts['network']} | {listed} | {why} | {facts['error']:.1e} |")
+    return "\n".join(rows)
+
+
+if __name__ == "__main__":
+    main()
