@@ -26,10 +26,12 @@ class Compiled(EngineSession):
         self._folder = folder  # the file is read again where another batch changes what runs where
 
 
-def compile(model: nn.Module, example_inputs: tuple[Any, ...], threads: int | None = None) -> Compiled:
+def compile(
+    model: nn.Module, example_inputs: tuple[Any, ...], threads: int | None = None, *, cache: str | Path | None = None
+) -> Compiled:
     """A callable that stands in for the module, in eval mode: tensors in and out, by place or by name.
 
-    Exports the model as `export_onnx` does, checked against it, and loads that: later changes to the model do not reach it.
+    Exports the model as `export_onnx` does, checked against it, and loads that as `load` does: later changes to the model do not reach it.
     The batch may change from call to call where the model lets it. Faster where weights are zeros; no gradients.
 
     >>> import torch
@@ -42,4 +44,4 @@ def compile(model: nn.Module, example_inputs: tuple[Any, ...], threads: int | No
         raise OptionError(f"example_inputs is {describe(example_inputs)}; give a tuple, for one tensor: (x,).")
     folder = tempfile.TemporaryDirectory(prefix="featherweight-")
     written = export_onnx(model, example_inputs, Path(folder.name) / "model.onnx")
-    return Compiled(load(written.path, threads), run_once(eval_copy(model), example_inputs), folder)
+    return Compiled(load(written.path, threads, cache=cache), run_once(eval_copy(model), example_inputs), folder)

@@ -3,6 +3,8 @@
 
 import gc
 import importlib
+import importlib.metadata
+import json
 import os
 import subprocess
 import sys
@@ -128,6 +130,83 @@ def test_files_and_options_that_do_not_fit_are_told(file: Path, tmp_path: Path) 
     made.opset_import.append(helper.make_opsetid("of", 1))
     with pytest.raises(ArtefactError, match=r"the engine hands Unheard to ONNX Runtime, which refuses: .*Unheard"):
         fw.engine.load(made.SerializeToString())
+
+
+def convolutions(batch: int | str = 1) -> onnx.ModelProto:
+    """Large enough that there is something to measure."""
+    weights = {"w": normal(48, 64, 3, 3), "v": normal(64, 48, 3, 3)}
+    weights["w"][RNG.random(weights["w"].shape) < 0.8] = 0
+    made = model(
+        [node("Conv", ["x", "w"], outputs=["a"], pads=[1] * 4), node("Conv", ["a", "v"], pads=[1] * 4)],
+        {"x": normal(1, 64, 12, 12)},
+        ["y"],
+        weights,
+    )
+    if isinstance(batch, str):
+        for value in (*made.graph.input, *made.graph.output):
+            value.type.tensor_type.shape.dim[0].dim_param = batch
+    return made
+
+
+def test_what_was_measured_is_kept_and_followed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path, cache = convolutions("batch").SerializeToString(), tmp_path / "new" / "decisions.json"
+    x = {"x": normal(1, 64, 12, 12)}
+    first = fw.engine.load(path, cache=cache)
+    assert not cache.exists()  # nothing was measured yet
+    expected = first.run(x)["y"]
+    [(place, found)] = json.loads(cache.read_text()).items()
+    assert len(found) == 2 and f"featherweight-engine {importlib.metadata.version('featherweight-engine')}" in place
+    first.run({"x": normal(3, 64, 12, 12)})  # another shape, other decisions, in the same file
+    assert len(json.loads(cache.read_text())[place]) == 4
+    assert [each.name for each in cache.parent.iterdir()] == ["decisions.json"]
+
+    # What the file says is done, be it slower; what it does not say is measured and added.
+    [key] = [key for key in found if "/48x64x1," in key]
+    other = ({"dense 3x189", "sparse 2x504"} - {found[key]}).pop()
+    cache.write_text(json.dumps({place: found | {key: other}, "another": {"some": "thing"}}))
+    second = fw.engine.load(path, cache=cache)
+    [row] = [row for row in second.profile(x, runs=1).rows if row.op == "Conv" and row.node.endswith("w")]
+    assert other in row.how
+    np.testing.assert_allclose(second.run(x)["y"], expected, rtol=1e-4, atol=1e-4)
+    assert json.loads(cache.read_text()) == {place: found | {key: other}, "another": {"some": "thing"}}
+    second.run({"x": normal(2, 64, 12, 12)})
+    after = json.loads(cache.read_text())
+    assert after["another"] == {"some": "thing"} and after[place][key] == other and len(after[place]) == 4
+
+
+@pytest.mark.parametrize("text", ["{", "[1]", '{"here": {"key": 3}}', '{"here": "there"}'])
+def test_a_cache_that_is_none_is_refused_and_left_alone(text: str, file: Path, tmp_path: Path) -> None:
+    cache = tmp_path / "decisions.json"
+    cache.write_text(text)
+    with pytest.raises(ArtefactError, match=r"cache .*decisions.json"):
+        fw.engine.load(file, cache=cache)
+    assert cache.read_text() == text
+    with pytest.raises(ArtefactError, match=r"cache .* cannot be"):
+        fw.engine.load(convolutions().SerializeToString(), cache=file / "decisions.json")
+
+
+def test_parts_know_what_was_measured_before_a_refusal(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    made = model(
+        [node("MatMul", ["x", "w"], outputs=["a"]), node("MatMul", ["a", "t"])],
+        {"x": normal(64, 256), "t": normal(256, 2)},
+        ["y"],
+        {"w": normal(256, 256)},
+    )
+    made.graph.input[1].type.tensor_type.ClearField("shape")
+    made.graph.output[0].type.tensor_type.ClearField("shape")
+    parts = importlib.import_module("featherweight.runtime.parts")
+    given: list[int] = []
+    real = parts.open_core
+
+    def counted(source: Any, settings: Any, known: Any = ()) -> Any:
+        given.append(len(settings.decisions()))
+        return real(source, settings, known)
+
+    monkeypatch.setattr(parts, "open_core", counted)
+    monkeypatch.setattr(importlib.import_module("featherweight.runtime.engine"), "open_core", counted)
+    engine = fw.engine.load(made.SerializeToString())
+    engine.run({"x": normal(64, 256), "t": normal(256)})
+    assert not engine.whole and given == [0, 1]
 
 
 def test_an_instruction_set_can_be_asked_for(file: Path) -> None:

@@ -28,6 +28,7 @@ from featherweight.errors import (
     require,
 )
 from featherweight.runtime.cut import Graph, read_graph
+from featherweight.runtime.decisions import Decisions
 from featherweight.runtime.divide import Division, Step
 from featherweight.runtime.parts import HELD, CorePart, Part, Refused, Settings, kinds, open_core
 from featherweight.runtime.ports import Port, checked, physical_cores, ports, proto_ports
@@ -39,16 +40,22 @@ T = TypeVar("T")
 
 
 def load(
-    model: str | Path | bytes, threads: int | None = None, *, instruction_set: str | None = None, exact: bool = False
+    model: str | Path | bytes,
+    threads: int | None = None,
+    *,
+    cache: str | Path | None = None,
+    instruction_set: str | None = None,
+    exact: bool = False,
 ) -> Engine:
     """Opens an ONNX file (its path, or its bytes) in the engine. Saves time where weights are zeros.
 
     Zeros are found by themselves; how each layer is computed is measured when the model is planned for the shapes of its
-    inputs: here, where the file fixes them, else when they first come. `threads` None takes each physical core that the
+    inputs: here, where the file fixes them, else when they first come. `cache` names a file in which what was measured is
+    kept, for this model and all others, so that the next load need not measure again. `threads` None takes each physical core that the
     process may use; `instruction_set` None the best that the processor has. `exact` keeps ONNX Runtime, where it runs a
     part, from rounding the inputs of layers with integer weights.
 
-    Raises `ArtefactError` for a file that is no model, or that ONNX Runtime refuses too, `MissingExtra` where a part is to
+    Raises `ArtefactError` for a file that is no model, or that ONNX Runtime refuses too, or for a cache that is none, `MissingExtra` where a part is to
     run in ONNX Runtime and that is not installed.
     """
     core = require("featherweight_engine", extra="engine")
@@ -61,7 +68,7 @@ def load(
         if not model.is_file():
             raise ArtefactError(f"{model} is not there. featherweight export writes one.")
     name = "the model" if isinstance(model, bytes) else str(model)
-    return Engine(model, Settings(name, threads or physical_cores(), instruction_set or "", exact))
+    return Engine(model, Settings(name, threads or physical_cores(), instruction_set or "", exact, Decisions(cache)))
 
 
 class Engine:

@@ -15,6 +15,7 @@ import numpy as np
 
 from featherweight.errors import ArtefactError, DataError, require
 from featherweight.runtime.cut import Graph, Piece, model_of
+from featherweight.runtime.decisions import Decisions
 from featherweight.runtime.foreign import first_line, open_onnxruntime
 from featherweight.runtime.profile import Row
 
@@ -40,12 +41,13 @@ class Refused(Exception):
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-    """How every part is opened. `name` is the model's, for messages."""
+    """How every part is opened. `name` is the model's, for messages; all parts share what is measured."""
 
     name: str
     threads: int
     instruction_set: str
     exact: bool = False
+    decisions: Decisions = dataclasses.field(default_factory=Decisions)
 
 
 def open_core(model: str | Path | bytes, settings: Settings, known: Iterable[str] = ()) -> Any:
@@ -57,6 +59,7 @@ def open_core(model: str | Path | bytes, settings: Settings, known: Iterable[str
             threads=settings.threads,
             instruction_set=settings.instruction_set,
             known=list(known),
+            decisions=settings.decisions(),
         )
     except core.Unsupported as refusal:
         raise Refused(refusal.makes, str(refusal)) from refusal
@@ -69,6 +72,7 @@ class CorePart:
 
     def __init__(self, settings: Settings, session: Any) -> None:
         self.settings, self.session = settings, session
+        self._decided: int = session.decided
         self.inputs = tuple(name for name, _, _ in session.inputs)
         self.outputs = tuple(name for name, _, _ in session.outputs)
 
@@ -103,6 +107,10 @@ class CorePart:
             raise Refused(refusal.makes, str(refusal)) from refusal
         except core.Error as error:
             raise DataError(_named(self.settings.name, error)) from error
+        finally:
+            if (decided := self.session.decided) != self._decided:
+                self._decided = decided
+                self.settings.decisions.keep(self.session.decisions)
 
 
 class ForeignPart:
