@@ -6,7 +6,6 @@ from __future__ import annotations
 import copy
 from pathlib import Path
 
-import numpy as np
 import torch
 
 import featherweight as fw
@@ -51,9 +50,3 @@ def older(name: str, sparsity: float, batch: int) -> Path:
         )
         partial.rename(path)
     return path
-
-
-def inputs(name: str, batch: int, path: Path, keys: list[str]) -> None:
-    """One call's arrays, by the names of a file's inputs."""
-    arrays = (tensor.numpy() for tensor in NETWORKS[name].inputs(batch))
-    np.savez(path, **dict(zip(keys, arrays, strict=True)))

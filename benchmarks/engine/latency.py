@@ -13,6 +13,9 @@ import os
 import subprocess
 import sys
 import tempfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import IO, Any, cast
 
@@ -38,41 +41,44 @@ TOLERANCE = 1e-3  # of the largest output: a runtime that computes something els
 
 
 class Way:
-    """One runtime's process, ready to run."""
+    """One runtime's process with one model, ready to run: a file, or for PyTorch NETWORK@SHARE."""
 
     def __init__(
-        self, way: str, name: str, sparsity: float, batch: int, options: argparse.Namespace, room: Path
+        self,
+        runtime: str,
+        model: Path | str,
+        arrays: Sequence[np.ndarray[Any, Any]],
+        threads: int,
+        room: Path,
+        interpreter: Path | str = sys.executable,
     ) -> None:
-        runtime = way.split()[0]
-        interpreter = options.deepsparse if runtime == "deepsparse" else sys.executable
-        if runtime.startswith("torch"):
-            model, keys = f"{name}@{sparsity}", ["x"]
-        else:
-            path = (
-                files.older(name, sparsity, batch)
-                if runtime == "deepsparse"
-                else files.integers(name, sparsity)
-                if way.endswith("int8")
-                else files.plain(name, sparsity)
-            )
-            model = str(path)
-            keys = [each.name for each in onnx.load(path, load_external_data=False).graph.input]
-        self.room = room / way.replace(" ", "-")
-        self.room.mkdir()
-        inputs = self.room / "inputs.npz"
-        files.inputs(name, batch, inputs, keys)
-        worker = Path(__file__).with_name("worker.py")
-        self.log = (self.room / "log.txt").open("w+")
+        self.room = room
+        room.mkdir()
+        self.log = (room / "log.txt").open("w+")
+        inputs = room / "inputs.npz"
+        named: dict[str, Any] = dict(zip(names(model), arrays, strict=True))
+        np.savez(inputs, **named)
         self.process = subprocess.Popen(
-            [str(interpreter), str(worker), runtime, model, str(options.threads), str(inputs)],
+            [
+                str(interpreter),
+                str(Path(__file__).with_name("worker.py")),
+                runtime,
+                str(model),
+                str(threads),
+                str(inputs),
+            ],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=self.log,
             text=True,
             env=os.environ | {"PYTHONPATH": os.pathsep.join([str(Path.cwd()), *sys.path])},
         )
-        self.facts = self._answer()
         self.times: list[float] = []
+        try:
+            self.facts = self._answer()
+        except BaseException:
+            self.close()
+            raise
 
     def _answer(self) -> Any:
         line = cast("IO[str]", self.process.stdout).readline()
@@ -84,6 +90,14 @@ class Way:
     def outputs(self) -> list[np.ndarray[Any, Any]]:
         with np.load(self.room / f"outputs-{self.facts['pid']}.npz") as arrays:
             return [arrays[key] for key in arrays.files]
+
+    def told(self, expected: Sequence[np.ndarray[Any, Any]] | None) -> dict[str, Any]:
+        """Loading and memory, and how far the outputs are from these, of the largest of them."""
+        facts = {key: self.facts[key] for key in ("load_s", "peak_bytes", "bytes_before")}
+        if expected is not None:
+            pairs = zip(self.outputs(), expected, strict=True)
+            facts["difference"] = max(float(np.abs(a - b).max() / np.abs(b).max()) for a, b in pairs)
+        return facts
 
     def run(self, calls: int, keep: bool = True) -> float:
         print(calls, file=self.process.stdin, flush=True)
@@ -98,52 +112,75 @@ class Way:
         self.log.close()
 
 
-def measure(name: str, sparsity: float, batch: int, options: argparse.Namespace) -> dict[str, Any]:
-    row: dict[str, Any] = {
-        "network": name,
-        "sparsity": sparsity,
-        "batch": batch,
-        "threads": options.threads,
-        "ways": {},
-    }
+def names(model: Path | str) -> list[str]:
+    """What the inputs of a file are called; PyTorch takes them in their order."""
+    if isinstance(model, str):
+        return ["x"]
+    return [each.name for each in onnx.load(model, load_external_data=False).graph.input]
+
+
+@contextmanager
+def started(starts: Mapping[str, Callable[[Path], Way]]) -> Iterator[tuple[dict[str, Way], dict[str, str]]]:
+    """The ways, each started in a folder of its own, one after the other; and why others refused."""
     ways: dict[str, Way] = {}
+    refused: dict[str, str] = {}
     with tempfile.TemporaryDirectory() as room:
         try:
-            for way in options.ways:
-                if way == "deepsparse" and options.deepsparse is None:
-                    continue
+            for i, (way, start) in enumerate(starts.items()):
                 try:
-                    ways[way] = Way(way, name, sparsity, batch, options, Path(room))
+                    ways[way] = start(Path(room) / str(i))
                 except Exception as error:
-                    row["ways"][way] = {"refused": f"{error}"[:300]}
-                    print(f"{name} {sparsity}: {way}: {error}", file=sys.stderr)
-            expected = ways["onnxruntime"].outputs() if "onnxruntime" in ways else None
-            for way, one in ways.items():
-                facts = {key: one.facts[key] for key in ("load_s", "peak_bytes", "bytes_before")}
-                if expected is not None:
-                    found = one.outputs()
-                    facts["difference"] = max(
-                        float(np.abs(a - b).max() / np.abs(b).max()) for a, b in zip(found, expected, strict=True)
-                    )
-                row["ways"][way] = facts
-            # Calls a turn so that a turn takes about as long in each, and at least one.
-            calls = {}
-            for way, one in ways.items():
-                one.run(3, keep=False)
-                calls[way] = max(1, round(options.turn / one.run(3, keep=False)))
-            for _ in range(options.rounds):
-                for way, one in ways.items():
-                    one.run(calls[way])
-            for way, one in ways.items():
-                row["ways"][way] |= {
-                    "median_ms": float(np.median(one.times)),
-                    "least_ms": float(np.min(one.times)),
-                    "p90_ms": float(np.percentile(one.times, 90)),
-                    "runs": len(one.times),
-                }
+                    refused[way] = f"{error}"[:300]
+                    print(f"{way}: {error}", file=sys.stderr)
+            yield ways, refused
         finally:
             for one in ways.values():
                 one.close()
+
+
+def in_turns(ways: Mapping[str, Way], rounds: int, turn: float) -> dict[str, dict[str, Any]]:
+    """Milliseconds of each: as many calls a turn as take `turn` milliseconds, at least one, round after round."""
+    calls = {}
+    for way, one in ways.items():
+        one.run(3, keep=False)
+        calls[way] = max(1, round(turn / one.run(3, keep=False)))
+    for _ in range(rounds):
+        for way, one in ways.items():
+            one.run(calls[way])
+    return {
+        way: {
+            "median_ms": float(np.median(one.times)),
+            "least_ms": float(np.min(one.times)),
+            "p90_ms": float(np.percentile(one.times, 90)),
+            "runs": len(one.times),
+        }
+        for way, one in ways.items()
+    }
+
+
+def measure(name: str, sparsity: float, batch: int, options: argparse.Namespace) -> dict[str, Any]:
+    arrays = [tensor.numpy() for tensor in NETWORKS[name].inputs(batch)]
+
+    def start(way: str, room: Path) -> Way:
+        runtime = way.split()[0]
+        model: Path | str
+        if runtime.startswith("torch"):
+            model = f"{name}@{sparsity}"
+        elif runtime == "deepsparse":
+            model = files.older(name, sparsity, batch)
+        else:
+            model = (files.integers if way.endswith("int8") else files.plain)(name, sparsity)
+        interpreter = options.deepsparse if runtime == "deepsparse" else sys.executable
+        return Way(runtime, model, arrays, options.threads, room, interpreter)
+
+    asked = [way for way in options.ways if way != "deepsparse" or options.deepsparse is not None]
+    with started({way: partial(start, way) for way in asked}) as (ways, refused):
+        expected = ways["onnxruntime"].outputs() if "onnxruntime" in ways else None
+        told: dict[str, dict[str, Any]] = {way: {"refused": why} for way, why in refused.items()}
+        told |= {way: one.told(expected) for way, one in ways.items()}
+        for way, times in in_turns(ways, options.rounds, options.turn).items():
+            told[way] |= times
+    row = {"network": name, "sparsity": sparsity, "batch": batch, "threads": options.threads, "ways": told}
     return row | {"load_average": round(os.getloadavg()[0], 1), "machine": machine_facts()}
 
 
