@@ -33,11 +33,11 @@ WAYS = (
     "openvino",
     "onnxruntime int8",
     "openvino int8",
+    "openvino_bf16",
     "torch",
     "torch_compile",
     "deepsparse",
 )
-TOLERANCE = 1e-3  # of the largest output: a runtime that computes something else is not timed
 
 
 class Way:
