@@ -211,25 +211,32 @@ def _write(lines: list[Facts]) -> None:
 
 def page(lines: list[Facts]) -> str:
     """The goal, and a row for each network that is not wholly the engine's own."""
-    told = [facts for facts in lines if "failed" not in facts]
+    exported = [facts for facts in lines if not facts.get("failed", "").startswith("ExportError")]
+    told = [facts for facts in exported if "failed" not in facts]
     whole = [facts for facts in told if facts["whole"]]
     close = [facts for facts in told if facts["error"] <= TOLERANCE]
     largest = max(told, key=lambda facts: facts["error"])
-    failed = [f"{facts['network']} ({facts['failed']})" for facts in lines if "failed" in facts]
     rows = [
-        f"{len(lines)} networks: {len(whole)} wholly in the engine, {len(told) - len(whole)} split; {len(close)} within "
-        f"{TOLERANCE:g} of ONNX Runtime, the largest difference {largest['error']:.1e} ({largest['network']})."
-        + (f" Not run: {'; '.join(failed)}." if failed else ""),
+        f"{len(exported)} networks ({len(lines) - len(exported)} more do not export): {len(whole)} wholly in the engine, "
+        f"{len(told) - len(whole)} split; {len(close)} within {TOLERANCE:g} of ONNX Runtime, the largest difference "
+        f"{largest['error']:.1e} ({largest['network']}).",
+        *(f"Not run: {facts['network']} ({facts['failed']})." for facts in exported if "failed" in facts),
         "",
-        "| network | in ONNX Runtime | because | largest difference |",
+        "| network | in ONNX Runtime, because | nodes that go along | largest difference |",
         "| --- | --- | --- | --- |",
         f"| {len(whole)} networks | nothing | | {max((facts['error'] for facts in whole), default=0.0):.1e} |",
     ]
     for facts in told:
-        for why, ops in facts["handed_over"].items():
-            listed = ", ".join(op if n == 1 else f"{op} {n}" for op, n in ops.items())
-            rows.append(f"| {facts['network']} | {listed} | {why} | {facts['error']:.1e} |")
+        reasons = {why: ops for why, ops in facts["handed_over"].items() if "matrix product" not in why}
+        along = sum(n for why, ops in facts["handed_over"].items() if why not in reasons for n in ops.values())
+        listed = "; ".join(f"{_counted(ops)}: {why}" for why, ops in reasons.items()).replace("|", "/")
+        if facts["handed_over"]:
+            rows.append(f"| {facts['network']} | {listed} | {along} | {facts['error']:.1e} |")
     return "\n".join(rows)
+
+
+def _counted(ops: Mapping[str, int]) -> str:
+    return ", ".join(op if n == 1 else f"{op} {n}" for op, n in ops.items())
 
 
 if __name__ == "__main__":

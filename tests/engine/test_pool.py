@@ -60,7 +60,9 @@ def test_random_windows(data: st.DataObject) -> None:
         attributes["count_include_pad"] = data.draw(st.integers(0, 1))
         attributes["dilations"] = [1] * rank  # gaps of averages came with opset 19 and are not everywhere
     reach = [(t - 1) * d + 1 for t, d in zip(taps, attributes["dilations"], strict=True)]
-    assume(all(n + b + e >= r for n, b, e, r in zip(dims, begin, end, reach, strict=True)))
+    # With ceil_mode windows may reach over the end.
+    beyond = [s - 1 if attributes["ceil_mode"] else 0 for s in attributes["strides"]]
+    assume(all(n + b + e + o >= r for n, b, e, o, r in zip(dims, begin, end, beyond, reach, strict=True)))
     x = array(2, 3, *dims)
     check(model([node("AveragePool" if average else "MaxPool", ["x"], **attributes)], {"x": x}, ["y"]), {"x": x})
 
@@ -84,6 +86,15 @@ def test_indices_are_refused() -> None:
     made = model([node("MaxPool", ["x"], outputs=["y", "i"], kernel_shape=[2, 2])], {"x": x}, ["y", "i"])
     with pytest.raises(core.Unsupported, match="Indices"):
         engine(made, {"x": x})
+
+
+@pytest.mark.parametrize("include", [0, 1])
+@pytest.mark.parametrize("op", ["AveragePool", "MaxPool"])
+def test_a_window_longer_than_its_input_is_filled_by_ceil_mode(op: str, include: int) -> None:
+    """As networks write global pooling: a window as long as they are wide, over maps that are smaller."""
+    counted = {"count_include_pad": include} if op == "AveragePool" else {}
+    pool = node(op, ["x"], kernel_shape=[20, 20], strides=[20, 20], ceil_mode=1, **counted)
+    check(model([pool], {"x": (x := array(2, 3, 1, 7))}, ["y"]), {"x": x})
 
 
 def test_a_window_longer_than_its_input_is_an_error() -> None:

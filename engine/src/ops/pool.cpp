@@ -67,9 +67,10 @@ std::vector<WindowAxis> window(const Node& node, const Fact& x) {
                 axis.begin = axis.end = 0;
             else if (automatic != "NOTSET")
                 throw Error("auto_pad '" + automatic + "' does not exist");
-            const std::int64_t room = axis.size + axis.begin + axis.end - reach;
+            // With ceil_mode a window may be longer than the padded input, by less than its stride.
+            const std::int64_t room = axis.size + axis.begin + axis.end - reach + (up ? axis.stride - 1 : 0);
             if (room < 0) throw Error("its window of " + std::to_string(reach) + " is longer than the padded input");
-            axis.outputs = (room + (up ? axis.stride - 1 : 0)) / axis.stride + 1;
+            axis.outputs = room / axis.stride + 1;
             // A window that would start in the padding at the end is left out.
             if (up && (axis.outputs - 1) * axis.stride >= axis.size + axis.begin) --axis.outputs;
         }
