@@ -36,7 +36,7 @@ class Work:
     def train(self, model: nn.Module, share: float, dense: tuple[str, ...], seed: int) -> None:
         hook = fw.GradualPruning(share, begin=0, end=self.steps * 2 // 3, every=5, dense=dense)
         # Statistics of BatchNorm stay those of the authors' training: the data here are much narrower.
-        norms = [module for module in model.modules() if isinstance(module, nn.BatchNorm2d)]
+        norms = [module for module in model.modules() if isinstance(module, nn.BatchNorm1d | nn.BatchNorm2d)]
         frozen = [norm.register_forward_pre_hook(lambda module, _: module.eval() and None) for norm in norms]
         data, teacher = self.batches(self.steps, seed), self.subject.model.eval()
 
@@ -62,22 +62,22 @@ def crepe_work(subject: Subject, steps: int = 120, size: int = 32) -> Work:
 
     def batches(count: int, seed: int) -> list[Tensor]:
         chance = torch.Generator().manual_seed(seed)
-        return [_frames(sounds, size, chance) for _ in range(count)]
+        return [frames(sounds, size, chance) for _ in range(count)]
 
     words = f"{steps} steps of {size} frames a share, cross-entropy to the dense network's strengths"
     return Work(subject, batches, binary_cross_entropy, 1e-3, steps, words)
 
 
-def _frames(sounds: Tensor, size: int, chance: torch.Generator) -> Tensor:
+def frames(sounds: Tensor, size: int, chance: torch.Generator) -> Tensor:
     """Frames of as many pieces, read at 0.7 to 1.4 times their speed from a place by chance; zero mean, unit variance."""
     chosen = sounds[torch.randint(len(sounds), (size,), generator=chance)]
     speed = 0.7 * 2 ** torch.rand(size, 1, generator=chance)
     room = sounds.shape[1] - 2 - speed * (crepe.FRAME - 1)
     place = torch.rand(size, 1, generator=chance) * room + speed * torch.arange(crepe.FRAME)
     low = place.long()
-    frames = torch.lerp(chosen.gather(1, low), chosen.gather(1, low + 1), place - low)
-    frames = frames - frames.mean(1, keepdim=True)
-    return frames / frames.std(1, keepdim=True).clamp_min(1e-10)
+    heard = torch.lerp(chosen.gather(1, low), chosen.gather(1, low + 1), place - low)
+    heard = heard - heard.mean(1, keepdim=True)
+    return heard / heard.std(1, keepdim=True).clamp_min(1e-10)
 
 
 def _sounds(pieces: int = 12, length: int = 3 * crepe.FRAME // 2) -> dict[str, Tensor]:
