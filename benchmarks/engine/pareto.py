@@ -28,7 +28,6 @@ import featherweight as fw
 from benchmarks.comb.pages import put
 from benchmarks.engine import distilled, files, pareto_plot
 from benchmarks.engine.latency import Way, in_turns, started
-from benchmarks.engine.worker import RUNTIMES
 from benchmarks.reconstruct.subjects import SUBJECTS, Subject, difference
 from featherweight import deploy
 from featherweight.measure import machine_facts
@@ -213,7 +212,7 @@ def latency(options: argparse.Namespace) -> None:
             path = file(name, row["method"], row["zeros"])
             stock = row["zeros"] in (0.0, options.stock) and row["method"] != "gradual"
             runtimes = ("engine",) * (row["method"] != "int8") + ("onnxruntime", "openvino") * stock
-            more = ("openvino_bf16",) * (row["method"] == "dense" and "openvino_bf16" in RUNTIMES)
+            more = ("openvino_bf16",) * (row["method"] == "dense")
             ways |= {f"{runtime}: {path.name}": (runtime, path) for runtime in (*runtimes, *more)}
         starts = {way: partial(start, *each, arrays, options.threads) for way, each in ways.items()}
         with started(starts) as (processes, refused):

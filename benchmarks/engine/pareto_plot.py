@@ -16,6 +16,7 @@ from benchmarks.gradual.plot import BLUE, GREEN, GREY, ORANGE, STYLE
 
 TITLES = {"crepe_tiny": "CREPE tiny", "crepe_full": "CREPE full", "minilm": "MiniLM-L6"}
 LINES = {"after training": (BLUE, "o"), "gradual": (GREEN, "s")}
+COLUMNS = {"engine": "engine", "onnxruntime": "ONNX Runtime", "openvino": "OpenVINO", "openvino_bf16": "OpenVINO bf16"}
 STOCK = {"onnxruntime": (ORANGE, "ONNX Runtime"), "openvino": ("#cc79a7", "OpenVINO")}
 Row = dict[str, Any]
 
@@ -76,10 +77,10 @@ def _panel(panel: Panel, axes: Axes) -> None:
         found = [(panel.milliseconds.get(("engine", row["file"])), row) for row in panel.of_method("dense", method)]
         points = sorted(((ms, row) for ms, row in found if ms is not None), key=lambda point: point[1]["zeros"])
         if len(points) > 1:
-            _points(axes, points, dense, color=colour, fmt=f"{marker}-", ms=5, label=f"engine, pruned {method}")
+            _points(axes, points, dense, color=colour, fmt=f"{marker}-", ms=5, label=f"engine, {ORDER[method]}")
         for ms, row in points[1:]:
             below = method == "after training"
-            axes.annotate(f"{100 * row['zeros']:g}", (ms, row["metric"]), (-3, -11) if below else (2, 5),
+            axes.annotate(f"{100 * row['zeros']:g}", (ms, row["metric"]), (5, -10) if below else (-14, 4),
                           textcoords="offset points", fontsize=8, color=colour)  # fmt: skip
     for runtime, (colour, title) in STOCK.items():
         for kind, row, style in _stock(panel, runtime):
@@ -92,7 +93,10 @@ def _panel(panel: Panel, axes: Axes) -> None:
     axes.xaxis.set_major_locator(mpl.ticker.LogLocator(subs=(1, 2, 5)))
     axes.xaxis.set_major_formatter(mpl.ticker.FormatStrFormatter("%g"))
     axes.xaxis.set_minor_formatter(mpl.ticker.NullFormatter())
-    axes.set(title=f"{TITLES.get(panel.name, panel.name)}: {panel.dense['name']}", xlabel="milliseconds, batch 1")
+    axes.set(
+        title=f"{TITLES.get(panel.name, panel.name)}: {panel.dense['name']}",
+        xlabel="milliseconds, batch 1 (beside points: % zeros)",
+    )
 
 
 def _stock(panel: Panel, runtime: str) -> list[tuple[str, Row, str]]:
@@ -116,22 +120,20 @@ def _points(axes: Axes, points: Sequence[tuple[float, Row]], dense: float, **sty
 
 def table(panels: Sequence[Panel]) -> str:
     """A line a file: the metric, the milliseconds, and how much faster than the fastest stock runtime in dense float32."""
-    lines = [
-        "| network | | zeros | metric | difference [95 %] | engine, ms | ONNX Runtime, ms | OpenVINO, ms | engine against the fastest dense fp32 | minutes to make |",
-        "|" + " --- |" * 10,
-    ]
+    head = ["network", "", "zeros", "metric", "difference [95 %]", *(f"{title}, ms" for title in COLUMNS.values())]
+    head += ["over the fastest dense float32", "minutes to make"]
+    lines = [f"| {' | '.join(head)} |", "|" + " --- |" * len(head)]
     for panel in panels:
         for row in sorted(panel.rows, key=lambda row: ([*ORDER].index(row["method"]), row["zeros"])):
-            ms = {runtime: panel.milliseconds.get((runtime, row["file"])) for runtime in ("engine", *STOCK)}
+            ms = {runtime: panel.milliseconds.get((runtime, row["file"])) for runtime in COLUMNS}
             judged = row.get("runtimes", {}).get("onnxruntime", row)
+            interval = f"{judged['change']:+.3f} [{judged['low']:+.3f}, {judged['high']:+.3f}]"
             cells = [
                 TITLES.get(panel.name, panel.name),
                 ORDER[row["method"]],
                 f"{100 * row['zeros']:g} %",
                 f"{judged['name']} {judged['metric']:.3f}",
-                ""
-                if row["method"] == "dense"
-                else f"{judged['change']:+.3f} [{judged['low']:+.3f}, {judged['high']:+.3f}]",
+                "" if row["method"] == "dense" else interval,
                 *("" if each is None else f"{each:.2f}" for each in ms.values()),
                 f"{panel.fastest / ms['engine']:.2f}x" if ms["engine"] else "",
                 f"{row['processor_seconds'] / 60:.1f}" if "processor_seconds" in row else "",
@@ -140,4 +142,9 @@ def table(panels: Sequence[Panel]) -> str:
     return "\n".join(lines)
 
 
-ORDER = {"dense": "dense, fp32", "int8": "dense, int8", **{method: method for method in LINES}}
+ORDER = {
+    "dense": "dense, fp32",
+    "int8": "dense, int8",
+    "after training": "pruned after training",
+    "gradual": "pruned gradually",
+}
