@@ -15,7 +15,8 @@ std::vector<Op> index_ops();        // ops/index.cpp: Gather and what else is to
 std::vector<Op> shape_ops();        // ops/shape.cpp: Shape, Size, Range, ConstantOfShape
 std::vector<Op> row_ops();          // ops/rows.cpp: reductions, Softmax, norms
 std::vector<Op> pool_ops();         // ops/pool.cpp: pooling, Resize
-std::vector<Op> product_ops();      // ops/product.cpp: Conv, Gemm, MatMul
+std::vector<Op> conv_ops();         // ops/conv.cpp
+std::vector<Op> matmul_ops();       // ops/matmul.cpp: Gemm, MatMul
 
 // Whether an op carries out its Node::finish.
 bool accepts_finish(const std::string& op);

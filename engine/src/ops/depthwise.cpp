@@ -1,0 +1,89 @@
+// SPDX-License-Identifier: Apache-2.0
+#include <algorithm>
+
+#include "product_step.hpp"
+
+namespace featherweight {
+
+// A depthwise convolution: planes on their own, a few lines at a time so that they stay in the nearest cache.
+void add_depthwise(Planner& planner, const Geometry& g, int channels, int multiplier, std::ptrdiff_t image_out, const Tensor& weights, Places places) {
+    const std::int64_t height = g.space[1].out, width = g.space[2].out;
+    const int taps = static_cast<int>(g.taps());
+    struct Chunk {
+        Window window;
+        std::vector<std::int32_t> offsets;
+        std::vector<Segment> segments;  // lines of the output, as they lie among the sums
+        std::int64_t first;
+        int calls, size;                // lines are summed one by one, or all at once with what lies between them
+        std::ptrdiff_t row;
+    };
+    constexpr std::int64_t nearest = 4096;  // floats
+    const std::int64_t row_cost = (g.space[2].in + 2 * g.space[2].pad) * g.space[1].stride;
+    const std::int64_t rows = std::clamp<std::int64_t>(nearest / std::max<std::int64_t>(row_cost, 1), 1, height);
+    auto chunks = std::make_shared<std::vector<Chunk>>();
+    std::size_t window_room = 0, sums_room = 0;
+    Geometry plane = g;
+    plane.in = {0};
+    plane.out = {0};
+    const int lanes = planner.kernels().lanes;
+    for (std::int64_t first = 0; first < height; first += rows) {
+        Chunk chunk;
+        const std::int64_t count = std::min(rows, height - first);
+        chunk.first = first;
+        chunk.window = window_of(plane, {{0, first * width, static_cast<int>(count * width)}}, true);
+        chunk.offsets.assign(chunk.window.shifts.begin(), chunk.window.shifts.end());
+        chunk.row = count > 1 ? chunk.window.lines[1].from - chunk.window.lines[0].from : width;
+        const std::int64_t all = (count - 1) * chunk.row + width;
+        const bool together = (all + lanes - 1) / lanes <= count * ((width + lanes - 1) / lanes);
+        chunk.calls = together ? 1 : static_cast<int>(count);
+        chunk.size = static_cast<int>(together ? all : width);
+        for (std::int64_t y = 0; y < (together ? count : 1); ++y)
+            chunk.segments.push_back({static_cast<std::ptrdiff_t>(y * width), static_cast<int>(y * chunk.row), static_cast<int>(width)});
+        // A register may be read behind the window's end, and written behind the sums'.
+        window_room = std::max(window_room, (chunk.window.size / lanes + 2) * lanes);
+        sums_room = std::max(sums_room, static_cast<std::size_t>(chunk.size / lanes + 2) * lanes);
+        chunks->push_back(std::move(chunk));
+    }
+    const std::size_t scratch = window_room + sums_room;
+    places.scratch = planner.scratch(Type::f32, {planner.threads(), static_cast<std::int64_t>(scratch)});
+    const Finisher finisher = finisher_of(planner.node().finish);
+    const int planes = channels * multiplier, images = static_cast<int>(g.in.size());
+    const std::vector<std::ptrdiff_t> in_offsets = g.in;
+    const std::ptrdiff_t channel_step = g.channel_step, positions = static_cast<std::ptrdiff_t>(g.positions());
+    const double work = static_cast<double>(positions) * planes * images;
+    planner.step(
+        planner.node().op + " depthwise", places.touched(),
+        [=](Frame& frame) {
+            const Finisher bound = places.bound(frame, finisher);
+            const float* in = frame.at<float>(places.in);
+            const float* values = weights.as<float>();
+            float* room = frame.at<float>(places.scratch);
+            const int all = planes * images;
+            const int parts = std::min(frame.pool.threads(), all);
+            frame.pool.run(parts, [&](int part) {
+                float* window = room + part * static_cast<std::ptrdiff_t>(scratch);
+                for (int at = static_cast<int>(static_cast<std::int64_t>(all) * part / parts); at < static_cast<std::int64_t>(all) * (part + 1) / parts; ++at) {
+                    const int image = at / planes, plane_at = at % planes;
+                    const float* from = in + in_offsets[image] + plane_at / multiplier * channel_step;
+                    const std::ptrdiff_t to = image * image_out + plane_at * positions;
+                    for (const Chunk& chunk : *chunks) {
+                        frame.kernels.product.pack(chunk.window.stretches.data(), static_cast<int>(chunk.window.stretches.size()), from, window);
+                        Finisher lines = bound;
+                        lines.segments = chunk.segments.data();
+                        lines.count = static_cast<int>(chunk.segments.size());
+                        for (int y = 0; y < chunk.calls; ++y) {
+                            const std::ptrdiff_t begin = to + (chunk.first + y) * width;
+                            lines.out = bound.out + begin;
+                            if (bound.residual != nullptr) lines.residual = bound.residual + begin;
+                            frame.kernels.product.depthwise(window + y * chunk.row, chunk.offsets.data(),
+                                                            values + static_cast<std::ptrdiff_t>(plane_at) * taps, taps, chunk.size,
+                                                            bound.bias != nullptr ? bound.bias[plane_at] : 0.0f, window + window_room, lines);
+                        }
+                    }
+                }
+            });
+        },
+        2 * work * taps, 4 * (work + static_cast<double>(images) * channels * static_cast<double>(g.space[1].in * g.space[2].in)));
+}
+
+}  // namespace featherweight
