@@ -35,9 +35,9 @@ class Work:
 
     def train(self, model: nn.Module, share: float, dense: tuple[str, ...], seed: int) -> None:
         hook = fw.GradualPruning(share, begin=0, end=self.steps * 2 // 3, every=5, dense=dense)
-        # Statistics of BatchNorm stay those of the authors' training: the data here are much narrower.
-        norms = [module for module in model.modules() if isinstance(module, nn.BatchNorm1d | nn.BatchNorm2d)]
-        frozen = [norm.register_forward_pre_hook(lambda module, _: module.eval() and None) for norm in norms]
+        # In evaluation mode: no dropout, which only adds noise to what is to be imitated, and statistics of BatchNorm as
+        # their authors trained them, since the data here are much narrower.
+        mode = model.register_forward_pre_hook(lambda module, _: module.eval() and None)
         data, teacher = self.batches(self.steps, seed), self.subject.model.eval()
 
         def loss(outputs: Tensor, batch: Any) -> Tensor:
@@ -52,8 +52,7 @@ class Work:
         try:
             method(model, task, fw.Stage(seed=seed))
         finally:
-            for each in frozen:
-                each.remove()
+            mode.remove()
         model.eval()
 
 

@@ -42,7 +42,7 @@ SOLVERS: dict[str, dict[str, Any]] = {
     "minilm": {"solver": "admm"},
     "crepe_full": {"solver": "admm"},
 }
-METHODS = ("after training", "gradual")
+METHODS = ("int8", "after training", "gradual")
 Row = dict[str, Any]
 
 
@@ -53,7 +53,7 @@ def prune(options: argparse.Namespace) -> None:
         done = {(row["subject"], row["method"], row["zeros"]) for row in rows(options.results, "pareto")}
         dense = kept_rows(subject)
         np.savez(example_file(name), *example(subject))
-        for method in ("dense", "int8", *options.methods):
+        for method in ("dense", *options.methods):
             for row in MADE[method](subject, dense, lambda *key, done=done: key in done, options):
                 facts = {"threads": options.threads, "load_average": round(os.getloadavg()[0], 1)}
                 add(options.results, "pareto", {"subject": name, **row, **facts, "machine": machine_facts()})
