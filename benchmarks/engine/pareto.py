@@ -235,7 +235,9 @@ def start(runtime: str, path: Path, arrays: list[np.ndarray[Any, Any]], threads:
 
 def expected(path: Path, arrays: list[np.ndarray[Any, Any]]) -> list[np.ndarray[Any, Any]]:
     """What ONNX Runtime answers."""
-    opened = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 3  # of what it merges on the way it says much that nobody can use
+    opened = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
     keys = [each.name for each in opened.get_inputs()]
     return list(opened.run(None, dict(zip(keys, arrays, strict=True))))
 
