@@ -45,6 +45,10 @@ def older(name: str, sparsity: float, batch: int) -> Path:
     if not path.exists():
         inputs = NETWORKS[name].inputs(batch)
         partial = path.with_suffix(".partial")
+        # Written for opset 14 and of ops that opset 13 has.
+        torch.onnx.register_custom_op_symbolic(
+            "aten::scaled_dot_product_attention", torch.onnx.symbolic_opset14.scaled_dot_product_attention, 13
+        )
         torch.onnx.export(
             pruned(name, sparsity), inputs, str(partial), dynamo=False, opset_version=13, input_names=["x"]
         )

@@ -1,5 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0
 // One instruction set's kernels: see kernels.hpp for why nothing here is shared between units.
+#if defined(__AVX2__)
+#include <immintrin.h>
+#endif
+
 #include "../kernels.hpp"
 
 namespace featherweight {

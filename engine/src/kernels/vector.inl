@@ -12,12 +12,29 @@ static inline Vec load(const float* from) {
 }
 static inline void store(float* to, Vec value) { __builtin_memcpy(to, &value, sizeof value); }
 static inline Vec splat(float value) { return value - Vec{}; }
+// The first n of them, 0 < n < lanes; the rest are zeros, and nothing is touched there. A call of memcpy would cost more than
+// most of what is done with them.
+#if defined(__AVX512F__)
+static inline Vec load_first(const float* from, int n) {
+    return (Vec)_mm512_maskz_loadu_ps(static_cast<__mmask16>((1u << n) - 1), from);
+}
+static inline void store_first(float* to, Vec value, int n) {
+    _mm512_mask_storeu_ps(to, static_cast<__mmask16>((1u << n) - 1), (__m512)value);
+}
+#elif defined(__AVX2__)
+static inline Int first_lanes(int n) { return Int{0, 1, 2, 3, 4, 5, 6, 7} < n; }
+static inline Vec load_first(const float* from, int n) { return (Vec)_mm256_maskload_ps(from, (__m256i)first_lanes(n)); }
+static inline void store_first(float* to, Vec value, int n) { _mm256_maskstore_ps(to, (__m256i)first_lanes(n), (__m256)value); }
+#else
 static inline Vec load_first(const float* from, int n) {
     Vec made{};
-    __builtin_memcpy(&made, from, static_cast<std::size_t>(n) * 4);
+    for (int i = 0; i < n; ++i) made[i] = from[i];
     return made;
 }
-static inline void store_first(float* to, Vec value, int n) { __builtin_memcpy(to, &value, static_cast<std::size_t>(n) * 4); }
+static inline void store_first(float* to, Vec value, int n) {
+    for (int i = 0; i < n; ++i) to[i] = value[i];
+}
+#endif
 // As in C: NaN in the first operand gives the second; so clamps put the value first where NaN must survive.
 static inline Vec minimum(Vec a, Vec b) { return a < b ? a : b; }
 static inline Vec maximum(Vec a, Vec b) { return a > b ? a : b; }
