@@ -2,9 +2,7 @@
 // Any bytes as a model: read, and where they are one, planned for small inputs and run where that is cheap. Every outcome
 // is fine but a crash, a read or write out of bounds, undefined behaviour, or memory without end.
 //
-//     cmake -S engine -B engine/build/fuzz -DCMAKE_CXX_COMPILER=clang++ -DFEATHERWEIGHT_PYTHON=OFF -DFEATHERWEIGHT_FUZZ=ON \
-//         -DFEATHERWEIGHT_SANITIZE=address,undefined && cmake --build engine/build/fuzz
-//     python -m tests.engine.hostile corpus && engine/build/fuzz/fuzz_model corpus
+// `make fuzz` builds and runs it.
 #include <new>
 
 #include "engine.hpp"
@@ -33,7 +31,7 @@ std::vector<Tensor> small_inputs(const Graph& graph) {
 
 extern "C" int LLVMFuzzerTestOneInput(const std::uint8_t* data, std::size_t size) {
     try {
-        Engine engine(read_onnx(reinterpret_cast<const std::byte*>(data), size, ""), Options{1, "", {}});
+        Engine engine(read_onnx(reinterpret_cast<const std::byte*>(data), size, ""), Options{1, "", {}, {}});
         std::vector<Input> inputs;
         const std::vector<Tensor> tensors = small_inputs(engine.graph());
         for (const Tensor& tensor : tensors) inputs.push_back({tensor.type, tensor.dims, tensor.bytes()});

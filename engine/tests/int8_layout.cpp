@@ -77,8 +77,6 @@ __attribute__((target("avx512f,avx512bw,avx512vnni"))) void multiply_int8(const 
     float* panel = scratch + tiling.window;
     auto* sums = reinterpret_cast<std::int32_t*>(panel + (l.tiles.block * width + 2) * lanes);
     const std::ptrdiff_t step = tile.width * lanes;
-    int size = 0;
-    for (const Tiling::Piece& piece : tile.pieces) size += piece.size;
     for (std::size_t b = 0; b < l.tiles.blocks.size(); ++b) {
         const SparseMatrix::Block& block = l.tiles.blocks[b];
         for (const Columns::Run& run : block.columns.runs) {

@@ -116,7 +116,7 @@ void compare(const Tensor& found, const Tensor& expected, const std::string& wha
 void check(const Graph& graph, const Tensor& x, const Tensor& expected, const std::string& what) {
     for (const std::string& set : instruction_sets())
         for (const int threads : {1, 3}) {
-            Engine engine(graph, Options{threads, set, {}});
+            Engine engine(graph, Options{threads, set, {}, {}});
             compare(engine.run({{Type::f32, x.dims, x.bytes()}})[0], expected, what + ", " + set + ", " + std::to_string(threads) + " threads");
         }
 }
@@ -386,12 +386,12 @@ void many_callers() {
     const Tensor w = filled({64, 48}, 0.8);
     const Graph graph = graph_of("MatMul", {w}, {});
     std::vector<Tensor> inputs, expected;
-    Engine alone(graph, Options{1, "", {}});
+    Engine alone(graph, Options{1, "", {}, {}});
     for (const std::int64_t tokens : {1, 5, 33, 100, 7, 64, 2, 3, 4, 90}) {  // more shapes than plans are kept
         inputs.push_back(filled({tokens, 64}));
         expected.push_back(alone.run({{Type::f32, inputs.back().dims, inputs.back().bytes()}})[0]);
     }
-    Engine one(graph, Options{3, "", {}}), other(graph, Options{2, "", {}});
+    Engine one(graph, Options{3, "", {}, {}}), other(graph, Options{2, "", {}, {}});
     std::vector<std::thread> callers;
     for (int caller = 0; caller < 6; ++caller)
         callers.emplace_back([&, caller] {
@@ -407,15 +407,16 @@ void many_callers() {
 
 }  // namespace
 
-int main() {
-    for (int round = 0; round < 12; ++round)
+int main(int count, char** arguments) {
+    const int rounds = count > 1 ? std::atoi(arguments[1]) : 6;
+    for (int round = 0; round < 2 * rounds; ++round)
         for (const double zeros : {0.0, 0.9}) {
             convolution(zeros, false);
             convolution(zeros, true);
             product(zeros);
         }
     for (const std::int64_t size : {1, 3, 7, 8, 15, 16, 17, 33, 100}) elementwise(size);
-    for (int round = 0; round < 6; ++round) {
+    for (int round = 0; round < rounds; ++round) {
         broadcast();
         rows();
         windows();

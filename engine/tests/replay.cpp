@@ -52,7 +52,7 @@ bool same(const fs::path& folder, const std::string& set, int threads) {
     const std::vector<Tensor> given = tensors(folder, "input_"), expected = tensors(folder, "output_");
     std::vector<Input> inputs;
     for (const Tensor& each : given) inputs.push_back({each.type, each.dims, each.bytes()});
-    Engine engine(read_onnx_file((folder / "model.onnx").string()), Options{threads, set, {}});
+    Engine engine(read_onnx_file((folder / "model.onnx").string()), Options{threads, set, {}, {}});
     const std::vector<Tensor> found = engine.run(inputs);
     return std::equal(found.begin(), found.end(), expected.begin(), expected.end(),
                       [&](const Tensor& a, const Tensor& b) { return close(a, b, tolerance); });

@@ -6,6 +6,7 @@ python -m tests.engine.builds fuzz [SECONDS]     # damaged and hostile files: ro
 python -m tests.engine.builds aarch64            # another processor: compiled, and its tests run under user-mode emulation
 """
 
+import contextlib
 import fcntl
 import os
 import shutil
@@ -36,13 +37,21 @@ def call(*command: str | Path, **environment: str) -> str:
     return ran.stdout
 
 
-def build(name: str, *options: str, targets: tuple[str, ...] = (), install: Path | None = None) -> Path:
-    """The folder of a build with these options. Processes that want the same one wait for each other."""
+@contextlib.contextmanager
+def locked(name: str) -> Iterator[Path]:
+    """The folder of a build. Processes that want the same one wait for each other."""
     folder = ENGINE / "build" / name
     folder.mkdir(parents=True, exist_ok=True)
-    generator = ["-G", "Ninja"] if shutil.which("ninja") else []
     with open(folder / "lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
+        yield folder
+
+
+def build(name: str, *options: str, targets: tuple[str, ...] = (), install: Path | None = None) -> Path:
+    """The folder of a build with these options."""
+    with locked(name) as folder:
+        new = not (folder / "CMakeCache.txt").exists()
+        generator = ["-G", "Ninja"] if new and shutil.which("ninja") else []
         prefix = [f"-DCMAKE_INSTALL_PREFIX={install}"] if install else []
         call("cmake", "-S", ENGINE, "-B", folder, *generator, *options, *prefix)
         wanted = ["--target", *targets] if targets else []
@@ -54,14 +63,14 @@ def build(name: str, *options: str, targets: tuple[str, ...] = (), install: Path
 
 def sanitized(kind: str, *options: str, targets: tuple[str, ...] = (), install: Path | None = None) -> Path:
     """A build under "address" (with "undefined") or "thread"."""
-    checks = [f"-DFEATHERWEIGHT_SANITIZE={SANITIZERS[kind]}", "-DFEATHERWEIGHT_TESTS=ON"]
+    checks = [f"-DFEATHERWEIGHT_SANITIZE={SANITIZERS[kind]}", "-DFEATHERWEIGHT_TESTS=ON", "-DFEATHERWEIGHT_SHARED=ON"]
     return build(kind, *QUICKLY, *checks, *options, targets=targets, install=install)
 
 
-def runtime(kind: str) -> str:
-    """The sanitizer's library, which a process that was not compiled with it loads first."""
-    name = {"address": "libasan.so", "thread": "libtsan.so"}[kind]
-    return call(os.environ.get("CXX", "c++"), f"-print-file-name={name}").strip()
+def preloaded(kind: str) -> str:
+    """What a process that was not compiled with the sanitizer loads first: it, and the C++ whose exceptions it looks up."""
+    libraries = [{"address": "libasan.so", "thread": "libtsan.so"}[kind], "libstdc++.so"]
+    return " ".join(call(os.environ.get("CXX", "c++"), f"-print-file-name={name}").strip() for name in libraries)
 
 
 def sanitize() -> None:
@@ -78,10 +87,10 @@ def sanitize() -> None:
         for part in [*folder.glob("_core*.so"), *(ENGINE / "python" / "featherweight_engine").glob("*.py")]:
             shutil.copy2(part, package)
         environment = os.environ | {
-            "LD_PRELOAD": runtime(kind),
+            "LD_PRELOAD": preloaded(kind),
             "PYTHONPATH": os.pathsep.join([str(package.parent), str(ROOT / "src")]),
             "ASAN_OPTIONS": "detect_leaks=0:allocator_may_return_null=1",  # Python keeps what it has until its end
-            "TSAN_OPTIONS": "halt_on_error=1:exitcode=66",
+            "TSAN_OPTIONS": f"halt_on_error=1:exitcode=66:suppressions={ENGINE / 'tests' / 'thread.supp'}",
             "FEATHERWEIGHT_SANITIZED": kind,
         }
         # Addresses at random leave too little of the address space together for ThreadSanitizer on newer kernels.

@@ -5,11 +5,11 @@
 Run by test_hostile.py as a process of its own: `python -m tests.engine.hostile - SEED ROUNDS`.
 """
 
-import random
 import resource
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from random import Random
 from typing import Any
 
 import numpy as np
@@ -255,7 +255,7 @@ def cases() -> Iterator[bytes]:
             yield data
 
 
-def damaged(random: random.Random, originals: list[bytes]) -> bytes:
+def damaged(random: Random, originals: list[bytes]) -> bytes:
     """Bytes flipped, cut out, doubled, brought in from another model, and numbers put where they hurt."""
     data = bytearray(random.choice(originals))
     for _ in range(random.choice((1, 1, 1, 2, 4))):
@@ -284,7 +284,7 @@ def damaged(random: random.Random, originals: list[bytes]) -> bytes:
     return bytes(data)
 
 
-def edited(random: random.Random, originals: list[bytes]) -> bytes:
+def edited(random: Random, originals: list[bytes]) -> bytes:
     """A sound file that asks for what makes no sense: attributes and constants of integers take other values."""
     odd = (
         -1,
@@ -372,29 +372,34 @@ def attempt(data: bytes, threads: int) -> str:
     return "ran"
 
 
+def hostile(seed: int, rounds: int) -> Iterator[bytes]:
+    originals = models()
+    generator = Random(seed)
+    yield from originals
+    for k in range(rounds):
+        yield (damaged if k % 2 else edited)(generator, originals)
+
+
+def write(folder: Path, files: Iterator[bytes] | list[bytes]) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    for number, data in enumerate(files):
+        (folder / f"{number}.onnx").write_bytes(data)
+
+
 def main() -> None:
     if sys.argv[1] != "-":
-        folder = Path(sys.argv[1])
-        folder.mkdir(parents=True, exist_ok=True)
-        for number, data in enumerate([*models(), *cases()]):
-            (folder / f"{number}.onnx").write_bytes(data)
-        return
+        return write(Path(sys.argv[1]), [*models(), *cases()])
     seed, rounds = int(sys.argv[2]), int(sys.argv[3])
     last = Path(sys.argv[4])  # the file at work, for whoever finds the process dead
     if len(sys.argv) > 5:
         resource.setrlimit(resource.RLIMIT_AS, (int(sys.argv[5]), int(sys.argv[5])))
-    originals = models()
-    generator = random.Random(seed)
     counts: dict[str, int] = {}
-    for number, data in enumerate(
-        [*originals, *((damaged if k % 2 else edited)(generator, originals) for k in range(rounds))]
-    ):
+    for number, data in enumerate(hostile(seed, rounds)):
         last.write_bytes(data)
         result = attempt(data, 1 + number % 2)
         counts[result] = counts.get(result, 0) + 1
-        if number == len(originals) - 1:
-            print("sound", counts)
-    print("all", counts)
+    print(counts)
+    return None
 
 
 if __name__ == "__main__":
