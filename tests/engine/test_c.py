@@ -3,6 +3,7 @@
 
 import ctypes as c
 import os
+import re
 import shutil
 import sys
 from pathlib import Path
@@ -14,10 +15,11 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 
 import featherweight_engine as core
-from tests.engine.builds import ENGINE, QUICKLY, build, call, sanitized
+from tests.engine.builds import ENGINE, QUICKLY, build, call, locked, sanitized
 
 COMPILER = shutil.which("cc")
 SANITIZER = os.environ.get("FEATHERWEIGHT_SANITIZED")  # what this process was made ready for by `make sanitize`
+FOLDER = SANITIZER or "c"  # of the build
 pytestmark = pytest.mark.skipif(COMPILER is None or shutil.which("cmake") is None, reason="no C compiler or no CMake")
 
 
@@ -89,6 +91,47 @@ def test_the_example_answers_as_python_does(installed: Path, tmp_path: Path, thr
         assert [int(word) for word in words[1:-2]] == list(value.shape)
         total = float(value.sum(dtype=np.float64)) if value.dtype == np.float32 else 0
         assert float(words[-1]) == pytest.approx(total, rel=1e-5, abs=1e-6)
+
+
+PAGE = (ENGINE.parent / "docs" / "engine-c.md").read_text()
+
+
+def blocks(language: str) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```", PAGE, re.MULTILINE | re.DOTALL)
+
+
+def test_the_program_of_the_docs_runs(installed: Path, tmp_path: Path) -> None:
+    assert COMPILER is not None
+    onnx.save(small(), tmp_path / "model.onnx")
+    [program] = blocks("c")
+    (tmp_path / "program.c").write_text(program)
+    strict = ["-std=c11", "-Wall", "-Wextra", "-Wpedantic", "-Werror"]
+    run_path = f"-Wl,-rpath,{installed / 'lib'}"
+    call(COMPILER, *strict, tmp_path / "program.c", *flags(installed), run_path, "-o", tmp_path / "program")
+    printed = call(tmp_path / "program", tmp_path / "model.onnx")
+    x = np.array([1, 2, 3, *[0] * 12], np.float32).reshape(1, 3, 5)
+    y = np.maximum(x[0, 0] @ numpy_helper.to_array(small().graph.initializer[0]), 0)
+    assert printed == f"y: {3 * 7 * 4} bytes, the first is {y[0]:g}\n"
+
+
+def test_the_commands_of_the_docs_work(installed: Path, tmp_path: Path) -> None:
+    """In the folder of the build that is there, and with a model that is there."""
+    building, using = (each.replace("$HOME/.local", str(installed)) for each in blocks("sh"))
+    with locked(FOLDER) as folder:
+        for command in (
+            building.replace("-B build", f"-B {folder}")
+            .replace("--build build", f"--build {folder}")
+            .replace("--install build", f"--install {folder}")
+            .splitlines()
+        ):
+            call("sh", "-euc", f"cd {ENGINE.parent}; {command}")
+    if shutil.which("pkg-config") is None:
+        found = " ".join(flags(installed))
+        using = using.replace("$(pkg-config --cflags --libs featherweight-engine)", found)
+    onnx.save(small(), tmp_path / "model.onnx")
+    (tmp_path / "engine").symlink_to(ENGINE)
+    printed = call("sh", "-euc", f"cd {tmp_path}; {using}")
+    assert [line.split()[0] for line in printed.splitlines()] == ["y", "i", "w"]
 
 
 def test_the_header_is_cxx_too(tmp_path: Path) -> None:
