@@ -8,6 +8,7 @@
 #include <mutex>
 #include <system_error>
 #include <thread>
+#include <utility>
 #include <vector>
 
 #include "error.hpp"
@@ -60,12 +61,14 @@ struct Pool::State {
     std::vector<std::thread> workers;
     std::mutex caller;  // held by whoever has the workers
 
-    // A region: its number, its work, the next part to take, the workers still in it.
-    std::atomic<std::uint64_t> region{0};
+    // A region: its work, the next part to take, and the gate: its number, whether it is open, the workers inside. A worker
+    // that comes when it is closed was not needed, and is not waited for: on a busy machine it may come milliseconds late.
     const std::function<void(int)>* work = nullptr;
     int parts = 0;
     std::atomic<int> next{0};
-    std::atomic<int> inside{0};
+    static constexpr std::uint64_t open = 1 << 16, inside = open - 1;
+    std::atomic<std::uint64_t> gate{0};
+    static std::uint64_t number(std::uint64_t gate) { return gate / (2 * open); }
     std::exception_ptr failure;
     std::mutex failing;
 
@@ -88,23 +91,27 @@ struct Pool::State {
 
     void serve(const Pool* pool) {
         std::uint64_t seen = 0;
+        const auto fresh = [&](std::uint64_t now) { return (now & open) != 0 && number(now) != seen; };
         while (true) {
-            std::uint64_t now = region.load(std::memory_order_acquire);
-            for (int i = 0; now == seen && i < spins && !stop.load(std::memory_order_relaxed); ++i) {
+            std::uint64_t now = gate.load(std::memory_order_acquire);
+            for (int i = 0; !fresh(now) && i < spins && !stop.load(std::memory_order_relaxed); ++i) {
                 relax();
-                now = region.load(std::memory_order_acquire);
+                now = gate.load(std::memory_order_acquire);
             }
-            if (now == seen) {
+            if (!fresh(now)) {
                 std::unique_lock<std::mutex> lock(sleeping);
                 asleep.fetch_add(1);
-                wake.wait(lock, [&] { return stop.load() || region.load() != seen; });
+                wake.wait(lock, [&] { return stop.load() || fresh(gate.load()); });
                 asleep.fetch_sub(1);
-                now = region.load(std::memory_order_acquire);
+                now = gate.load(std::memory_order_acquire);
             }
             if (stop.load()) return;
-            seen = now;
-            take(pool);
-            inside.fetch_sub(1, std::memory_order_release);
+            while (fresh(now)) {
+                if (!gate.compare_exchange_weak(now, now + 1, std::memory_order_acquire)) continue;
+                seen = number(now);
+                take(pool);
+                gate.fetch_sub(1, std::memory_order_release);
+            }
         }
     }
 
@@ -142,23 +149,22 @@ void Pool::run(int parts, const std::function<void(int)>& work) {
     }
     state.work = &work;
     state.parts = parts;
-    state.failure = nullptr;
     state.next.store(0, std::memory_order_relaxed);
-    state.inside.store(static_cast<int>(state.workers.size()), std::memory_order_relaxed);
-    state.region.fetch_add(1);  // in one order with `asleep`: either the worker sees the region or we see that it sleeps
+    // In one order with `asleep`: either the worker sees the region or we see that it sleeps.
+    state.gate.store(2 * State::open * (State::number(state.gate.load(std::memory_order_relaxed)) + 1) + State::open);
     if (state.asleep.load() > 0) {
         { std::lock_guard<std::mutex> wait(state.sleeping); }
         state.wake.notify_all();
     }
     state.take(this);
-    // Every worker passes through each region, so that none is still reading this one when the next begins.
-    for (int i = 0; state.inside.load(std::memory_order_acquire) > 0; ++i) {
+    state.gate.fetch_and(~State::open, std::memory_order_acquire);
+    for (int i = 0; (state.gate.load(std::memory_order_acquire) & State::inside) != 0; ++i) {
         if (i < spins)
             relax();
         else
             std::this_thread::yield();  // more threads than cores: let the last one have ours
     }
-    if (state.failure) std::rethrow_exception(state.failure);
+    if (state.failure) std::rethrow_exception(std::exchange(state.failure, nullptr));  // the caller's alone from here on
 }
 
 }  // namespace featherweight
