@@ -11,7 +11,8 @@ namespace {
 const std::map<std::string, Rule>& table() {
     static const std::map<std::string, Rule> made = [] {
         std::map<std::string, Rule> all;
-        for (const auto& room : {elementwise_ops(), logic_ops(), cast_ops(), movement_ops(), index_ops(), shape_ops(), row_ops(), pool_ops(), conv_ops(), matmul_ops()})
+        for (const auto& room : {elementwise_ops(), logic_ops(), cast_ops(), movement_ops(), index_ops(), scan_ops(), shape_ops(), row_ops(),
+                                 pool_ops(), conv_ops(), matmul_ops()})
             for (const Op& op : room) all.emplace(op.name, op.rule);
         return all;
     }();

@@ -12,6 +12,7 @@ std::vector<Op> logic_ops();        // ops/logic.cpp: comparisons, logic, Where
 std::vector<Op> cast_ops();         // ops/cast.cpp
 std::vector<Op> movement_ops();     // ops/movement.cpp: Transpose, Reshape, Slice, Concat, Pad, ...
 std::vector<Op> index_ops();        // ops/index.cpp: Gather and what else is told by a tensor of indices
+std::vector<Op> scan_ops();         // ops/scan.cpp: CumSum
 std::vector<Op> shape_ops();        // ops/shape.cpp: Shape, Size, Range, ConstantOfShape
 std::vector<Op> row_ops();          // ops/rows.cpp: reductions, Softmax, norms
 std::vector<Op> pool_ops();         // ops/pool.cpp: pooling, Resize

@@ -187,7 +187,7 @@ struct Rules {
         static const std::set<std::string> same = {
             "Relu", "Clip", "Sigmoid", "Tanh", "LeakyRelu", "Erf", "Sqrt", "Exp", "Log", "Neg", "Abs", "Reciprocal", "Softplus", "Softmax",
             "LogSoftmax", "LayerNormalization", "RMSNormalization", "BatchNormalization", "InstanceNormalization", "GroupNormalization",
-            "Gelu", "HardSwish", "HardSigmoid", "Swish", "Mish", "Elu", "Selu", "Identity", "Dropout", "LpNormalization", "Cast"};
+            "Gelu", "HardSwish", "HardSigmoid", "Swish", "Mish", "Elu", "Selu", "Identity", "Dropout", "LpNormalization", "Cast", "CumSum"};
         static const std::set<std::string> joining = {"Add", "Sub", "Mul", "Div", "Pow", "Max", "Min", "Sum"};
         if (same.count(node.op) != 0) return dims(node, 0);
         if (joining.count(node.op) != 0) return broadcast(node);

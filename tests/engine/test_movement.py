@@ -305,6 +305,21 @@ def test_one_hot(axis: int) -> None:
     check(made, {"i": index, "v": values}, tolerance=0)
 
 
+@pytest.mark.parametrize("kind", [np.float32, np.float64, np.int32, np.int64])
+@pytest.mark.parametrize("dims", [(5,), (7, 40), (3, 4, 50), (2, 0, 3), (0,), (1, 1)])
+@pytest.mark.parametrize("reverse", [0, 1])
+@pytest.mark.parametrize("exclusive", [0, 1])
+def test_running_sums(kind: type, dims: tuple[int, ...], reverse: int, exclusive: int) -> None:
+    x = array(*dims, kind=kind)
+    for axis in range(-1, len(dims)):
+        made = [
+            node("Transpose", ["x"], outputs=["t"]),
+            node("CumSum", ["t", "axis"], reverse=reverse, exclusive=exclusive),
+        ]
+        for nodes in ([node("CumSum", ["x", "axis"], reverse=reverse, exclusive=exclusive)], made):
+            check(model(nodes, {"x": x}, ["y"], {"axis": np.array(axis)}), {"x": x}, tolerance=1e-6)
+
+
 @pytest.mark.parametrize("upper", [0, 1])
 @pytest.mark.parametrize("k", [0, 1, -1, 3, -3, 100, -100, 2**63 - 1, -(2**63)])
 @pytest.mark.parametrize("dims", [(4, 4), (2, 3, 5), (6, 2), (2, 0, 3)])
