@@ -155,6 +155,67 @@ MOBILENET_V2 = (
 )
 
 
+# ---- EfficientNet, MobileNetV3
+
+
+class Gate(nn.Module):
+    """Squeeze and excitation."""
+
+    def __init__(self, channels: int, activation: type[nn.Module], gate: type[nn.Module]) -> None:
+        super().__init__()
+        self.layers = nn.Sequential(
+            nn.AdaptiveAvgPool2d(1),
+            nn.Conv2d(channels, max(4, channels // 4), 1),
+            activation(),
+            nn.Conv2d(max(4, channels // 4), channels, 1),
+            gate(),
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        made: Tensor = x * self.layers(x)
+        return made
+
+
+class Widened(nn.Module):
+    def __init__(
+        self,
+        inputs: int,
+        outputs: int,
+        taps: int,
+        stride: int,
+        activation: type[nn.Module],
+        gate: type[nn.Module] | None,
+    ) -> None:
+        super().__init__()
+        hidden = 6 * inputs
+        layers: list[nn.Module] = [nn.Conv2d(inputs, hidden, 1, bias=False), nn.BatchNorm2d(hidden), activation()]
+        layers += [nn.Conv2d(hidden, hidden, taps, stride, taps // 2, groups=hidden, bias=False)]
+        layers += [nn.BatchNorm2d(hidden), activation()]
+        if gate is not None:
+            layers.append(Gate(hidden, activation, gate))
+        layers += [nn.Conv2d(hidden, outputs, 1, bias=False), nn.BatchNorm2d(outputs)]
+        self.layers = nn.Sequential(*layers)
+        self.adds = stride == 1 and inputs == outputs
+
+    def forward(self, x: Tensor) -> Tensor:
+        made: Tensor = self.layers(x)
+        return made + x if self.adds else made
+
+
+def efficientnet(
+    activation: type[nn.Module] = nn.SiLU, gate: type[nn.Module] | None = nn.Sigmoid, size: int = 32, batch: int = 1
+) -> Network:
+    """EfficientNet's blocks; Lite's with `activation=nn.ReLU6, gate=None`, MobileNetV3's with Hardswish and Hardsigmoid."""
+    layers: list[nn.Module] = [nn.Conv2d(3, 8, 3, 2, 1, bias=False), nn.BatchNorm2d(8), activation()]
+    layers += [
+        Widened(inputs, outputs, taps, stride, activation, gate)
+        for inputs, outputs, taps, stride in ((8, 8, 3, 1), (8, 16, 5, 2), (16, 16, 5, 1), (16, 24, 3, 2))
+    ]
+    layers += [nn.Conv2d(24, 64, 1, bias=False), nn.BatchNorm2d(64), activation()]
+    layers += [nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Dropout(0.2), nn.Linear(64, 10)]
+    return settled(nn.Sequential(*layers)), (image(batch, size),)
+
+
 # ---- YOLO (v5's blocks)
 
 
@@ -232,6 +293,37 @@ class Yolo(nn.Module):
 def yolo(width: int = 4, depth: int = 1, size: int = 64, outputs: int = 21, batch: int = 1) -> Network:
     """`width=32, size=640, outputs=255` is YOLOv5s up to its heads."""
     return settled(Yolo(width, depth, outputs)), (image(batch, size),)
+
+
+class Detector(nn.Module):
+    """What stands behind the heads: v5's boxes from a grid, or v8's from distributions over distances."""
+
+    def __init__(self, width: int, distances: bool, classes: int = 2) -> None:
+        super().__init__()
+        self.distances, self.classes = distances, classes
+        self.network = Yolo(width, 1, 64 + classes if distances else 3 * (5 + classes))
+        self.expected = nn.Conv2d(16, 1, 1, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        heads = self.network(x)
+        if self.distances:
+            box, scores = torch.cat([head.flatten(2) for head in heads], 2).split((64, self.classes), 1)
+            parts = box.unflatten(1, (4, 16)).transpose(2, 1).softmax(1)
+            first, last = self.expected(parts).flatten(1, 2).chunk(2, 1)
+            return torch.cat(((last - first) / 2, (first + last) / 2, scores.sigmoid()), 1)
+        found = []
+        for head, stride in zip(heads, (8, 16, 32), strict=True):
+            batch, _, height, width = head.shape
+            y = head.view(batch, 3, 5 + self.classes, height, width).permute(0, 1, 3, 4, 2).contiguous().sigmoid()
+            rows, columns = torch.meshgrid(torch.arange(height), torch.arange(width), indexing="ij")
+            grid = torch.stack((columns, rows), 2).view(1, 1, height, width, 2).float()
+            boxes = torch.cat(((y[..., :2] * 2 - 0.5 + grid) * stride, (y[..., 2:4] * 2) ** 2 * stride, y[..., 4:]), -1)
+            found.append(boxes.view(batch, -1, 5 + self.classes))
+        return torch.cat(found, 1)
+
+
+def detector(width: int = 4, distances: bool = False, size: int = 64, batch: int = 1) -> Network:
+    return settled(Detector(width, distances)), (image(batch, size),)
 
 
 # ---- transformers
@@ -337,6 +429,44 @@ def bert(
     ids = torch.randint(words, (batch, tokens), generator=generator)
     attended = (torch.arange(tokens) < torch.tensor([tokens] + [tokens - 5] * (batch - 1))[:, None]).long()
     return settled(Bert(width, depth, heads, words, tokens, tanh)), (ids, attended)
+
+
+class Rotary(nn.Module):
+    """A decoder's block as Llama has it: RMSNorm, rotated queries and keys, fewer keys than queries, a causal mask, SwiGLU."""
+
+    def __init__(self, width: int, heads: int, words: int) -> None:
+        super().__init__()
+        self.heads, self.head = heads, width // heads
+        self.words = nn.Embedding(words, width)
+        self.norm1, self.norm2 = nn.RMSNorm(width), nn.RMSNorm(width)
+        self.query, self.out = nn.Linear(width, width, bias=False), nn.Linear(width, width, bias=False)
+        self.key, self.value = nn.Linear(width, width // 2, bias=False), nn.Linear(width, width // 2, bias=False)
+        self.gate, self.up = nn.Linear(width, 2 * width, bias=False), nn.Linear(width, 2 * width, bias=False)
+        self.down = nn.Linear(2 * width, width, bias=False)
+
+    def turned(self, x: Tensor) -> Tensor:
+        speeds = 10_000 ** (-torch.arange(0, self.head, 2).float() / self.head)
+        angles = torch.outer(torch.arange(x.shape[2]).float(), speeds).repeat(1, 2)
+        first, last = x.chunk(2, -1)
+        return x * angles.cos() + torch.cat((-last, first), -1) * angles.sin()
+
+    def forward(self, ids: Tensor) -> Tensor:
+        x = self.words(ids)
+        y = self.norm1(x)
+        q, k, v = (
+            each(y).unflatten(-1, (-1, self.head)).transpose(1, 2) for each in (self.query, self.key, self.value)
+        )
+        q, k, v = self.turned(q), self.turned(k).repeat_interleave(2, 1), v.repeat_interleave(2, 1)
+        mixed = nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True)
+        x = x + self.out(mixed.transpose(1, 2).flatten(2))
+        y = self.norm2(x)
+        made: Tensor = x + self.down(nn.functional.silu(self.gate(y)) * self.up(y))
+        return made
+
+
+def rotary(width: int = 32, heads: int = 4, tokens: int = 24, words: int = 100, batch: int = 2) -> Network:
+    ids = torch.randint(words, (batch, tokens), generator=torch.Generator().manual_seed(0))
+    return settled(Rotary(width, heads, words)), (ids,)
 
 
 ALL: dict[str, Any] = {"resnet": resnet, "mobilenet": mobilenet, "yolo": yolo, "vit": vit, "bert": bert}
