@@ -90,4 +90,4 @@ def test_a_short_file_cannot_have_constants_without_end(nodes: list[Any], initia
     with pytest.raises(core.Unsupported, match="too large to keep"):
         engine.run([np.ones(1, np.float32)])
     grown = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
-    assert grown < 1_200_000, f"{grown} KiB more"
+    assert SANITIZED or grown < 1_200_000, f"{grown} KiB more"
