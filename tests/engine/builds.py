@@ -19,8 +19,9 @@ from pathlib import Path
 
 import numpy as np
 import onnx
+from onnx.reference import ReferenceEvaluator
 
-from tests.engine import hostile, nodes
+from tests.engine import hostile
 
 ROOT = Path(__file__).parents[2]
 ENGINE = ROOT / "engine"
@@ -142,7 +143,9 @@ def aarch64() -> None:
             (folder / "model.onnx").write_bytes(data)
             printed = call(*emulated, folder / "run", folder / "model.onnx", "2")
             found = [float(line.split()[-1]) for line in printed.splitlines()]
-            assert np.allclose(found, expected, rtol=1e-4, atol=1e-4), f"model {number}: {found}, not {expected}"
+            assert np.allclose(found, expected, rtol=1e-4, atol=1e-4, equal_nan=True), (
+                f"model {number}: {found}, not {expected}"
+            )
         print("recording the cases of tests/engine", flush=True)
         record = folder / "cases"
         record.mkdir()
@@ -153,7 +156,7 @@ def aarch64() -> None:
 
 
 def sums() -> Iterator[tuple[bytes, list[float]]]:
-    """Small models, and for each output the sum that the C example prints, from ONNX Runtime."""
+    """Small models, and for each output the sum that the C example prints, from onnx's reference implementation."""
     for data in hostile.models():
         model = onnx.load_from_string(data)
         inputs = {
@@ -162,7 +165,7 @@ def sums() -> Iterator[tuple[bytes, list[float]]]:
         ramps = {
             name: ((np.arange(np.prod(s)) % 17 - 8) / 8).astype(np.float32).reshape(s) for name, s in inputs.items()
         }
-        answers = nodes.onnxruntime(model, ramps).values()
+        answers = [np.asarray(each) for each in ReferenceEvaluator(model).run(None, ramps)]
         yield data, [float(a.sum(dtype=np.float64)) if a.dtype == np.float32 else 0.0 for a in answers]
 
 
