@@ -57,15 +57,35 @@ thread_local const Within* Within::innermost = nullptr;
 
 }  // namespace
 
+void Shares::share(int tasks) {
+    const std::int64_t takers = static_cast<std::int64_t>(stretches_.size());
+    for (std::int64_t i = 0; i < takers; ++i) {
+        stretches_[i].next.store(static_cast<int>(tasks * i / takers), std::memory_order_relaxed);
+        stretches_[i].end = static_cast<int>(tasks * (i + 1) / takers);
+    }
+}
+
+int Shares::next(int taker) {
+    const int takers = static_cast<int>(stretches_.size());
+    for (int i = 0; i < takers; ++i) {
+        Stretch& stretch = stretches_[(taker + i) % takers];
+        if (stretch.next.load(std::memory_order_relaxed) >= stretch.end) continue;
+        const int task = stretch.next.fetch_add(1, std::memory_order_relaxed);
+        if (task < stretch.end) return task;
+    }
+    return -1;
+}
+
 struct Pool::State {
+    explicit State(int threads) : shares(threads) {}
+
     std::vector<std::thread> workers;
     std::mutex caller;  // held by whoever has the workers
 
-    // A region: its work, the next part to take, and the gate: its number, whether it is open, the workers inside. A worker
+    // A region: its work, the parts left to take, and the gate: its number, whether it is open, the workers inside. A worker
     // that comes when it is closed was not needed, and is not waited for: on a busy machine it may come milliseconds late.
     const std::function<void(int)>* work = nullptr;
-    int parts = 0;
-    std::atomic<int> next{0};
+    Shares shares;
     static constexpr std::uint64_t open = 1 << 16, inside = open - 1;
     std::atomic<std::uint64_t> gate{0};
     static std::uint64_t number(std::uint64_t gate) { return gate / (2 * open); }
@@ -77,9 +97,9 @@ struct Pool::State {
     std::mutex sleeping;
     std::condition_variable wake;
 
-    void take(const Pool* pool) {
+    void take(const Pool* pool, int thread) {
         const Within within(pool);
-        for (int part; (part = next.fetch_add(1, std::memory_order_relaxed)) < parts;) {
+        for (int part; (part = shares.next(thread)) >= 0;) {
             try {
                 (*work)(part);
             } catch (...) {
@@ -89,7 +109,7 @@ struct Pool::State {
         }
     }
 
-    void serve(const Pool* pool) {
+    void serve(const Pool* pool, int thread) {
         std::uint64_t seen = 0;
         const auto fresh = [&](std::uint64_t now) { return (now & open) != 0 && number(now) != seen; };
         while (true) {
@@ -109,7 +129,7 @@ struct Pool::State {
             while (fresh(now)) {
                 if (!gate.compare_exchange_weak(now, now + 1, std::memory_order_acquire)) continue;
                 seen = number(now);
-                take(pool);
+                take(pool, thread);
                 gate.fetch_sub(1, std::memory_order_release);
             }
         }
@@ -125,9 +145,9 @@ struct Pool::State {
     }
 };
 
-Pool::Pool(int threads) : state_(std::make_unique<State>()) {
+Pool::Pool(int threads) : state_(std::make_unique<State>(std::max(threads, 1))) {
     try {
-        for (int i = 1; i < threads; ++i) state_->workers.emplace_back([this] { state_->serve(this); });
+        for (int i = 1; i < threads; ++i) state_->workers.emplace_back([this, i] { state_->serve(this, i); });
     } catch (const std::system_error&) {
         state_->end();  // those that have been started
         throw Error("the system does not start " + std::to_string(threads) + " threads");
@@ -148,15 +168,14 @@ void Pool::run(int parts, const std::function<void(int)>& work) {
         return;
     }
     state.work = &work;
-    state.parts = parts;
-    state.next.store(0, std::memory_order_relaxed);
+    state.shares.share(parts);
     // In one order with `asleep`: either the worker sees the region or we see that it sleeps.
     state.gate.store(2 * State::open * (State::number(state.gate.load(std::memory_order_relaxed)) + 1) + State::open);
     if (state.asleep.load() > 0) {
         { std::lock_guard<std::mutex> wait(state.sleeping); }
         state.wake.notify_all();
     }
-    state.take(this);
+    state.take(this, 0);
     state.gate.fetch_and(~State::open, std::memory_order_acquire);
     for (int i = 0; (state.gate.load(std::memory_order_acquire) & State::inside) != 0; ++i) {
         if (i < spins)

@@ -2,7 +2,6 @@
 #include "product.hpp"
 
 #include <algorithm>
-#include <atomic>
 #include <limits>
 #include <map>
 
@@ -358,10 +357,10 @@ void multiply(const Geometry& geometry, const Matrix& matrix, const Choice& choi
 
 void multiply_all(const Geometry& geometry, const Matrix& matrix, const Choice& choice, const Tiling& tiling, const float* in,
                   const Finisher& finisher, float* scratch, const Kernels& kernels, Pool& pool) {
-    std::atomic<int> next{0};
-    const int tasks = tiling.tasks();
-    pool.run(std::min(pool.threads(), tasks), [&](int part) {
-        for (int task; (task = next.fetch_add(1, std::memory_order_relaxed)) < tasks;)
+    const int takers = std::min(pool.threads(), tiling.tasks());
+    Shares shares(tiling.tasks(), takers);
+    pool.run(takers, [&](int part) {
+        for (int task; (task = shares.next(part)) >= 0;)
             multiply(geometry, matrix, choice, tiling, task, in, finisher, scratch + part * tiling.scratch, kernels);
     });
 }

@@ -1,6 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
 #include <algorithm>
-#include <atomic>
 #include <numeric>
 
 #include "product_step.hpp"
@@ -153,13 +152,14 @@ void add_batched(Planner& planner, const Batched& b, double scale_flops) {
             const Finisher bound = own.bound(frame, finisher);
             const float *a = frame.at<float>(b.a), *v = frame.at<float>(b.v);
             float* scratch = frame.at<float>(places.scratch);
-            std::atomic<int> next{0};
             const int tasks = static_cast<int>(images->size()) * parts;
+            const int takers = std::min(frame.pool.threads(), tasks);
+            Shares shares(tasks, takers);
             const std::int64_t row = b.a.strides[b.a_rows], step = b.a.strides[b.a_k];
-            frame.pool.run(std::min(frame.pool.threads(), tasks), [&](int part) {
+            frame.pool.run(takers, [&](int part) {
                 float* values = scratch + part * room;
                 float* rest = values + packed + 16 - packed % 16;
-                for (int task; (task = next.fetch_add(1, std::memory_order_relaxed)) < tasks;) {
+                for (int task; (task = shares.next(part)) >= 0;) {
                     const Image& image = (*images)[task / parts];
                     frame.kernels.product.pack_rows(a + image.a, row, step, g.rows, g.channels, group, values);
                     Finisher to = bound;

@@ -2,7 +2,6 @@
 #include "product_step.hpp"
 
 #include <algorithm>
-#include <atomic>
 #include <chrono>
 #include <cmath>
 #include <limits>
@@ -168,10 +167,11 @@ void add_product(Planner& planner, const Geometry& g, int groups, std::ptrdiff_t
             const Finisher bound = places.bound(frame, finisher);
             const float* in = frame.at<float>(places.in);
             float* room = frame.at<float>(places.scratch);
-            std::atomic<int> next{0};
             const int tasks = before.back();
-            frame.pool.run(std::min(frame.pool.threads(), tasks), [&](int part) {
-                for (int task; (task = next.fetch_add(1, std::memory_order_relaxed)) < tasks;) {
+            const int takers = std::min(frame.pool.threads(), tasks);
+            Shares shares(tasks, takers);
+            frame.pool.run(takers, [&](int part) {
+                for (int task; (task = shares.next(part)) >= 0;) {
                     const int group = static_cast<int>(std::upper_bound(before.begin(), before.end(), task) - before.begin()) - 1;
                     Finisher to = bound;
                     if (to.bias != nullptr) to.bias += group * g.rows;
