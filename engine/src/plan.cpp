@@ -146,6 +146,14 @@ Fact Planner::make(int output, Type type, const Dims& dims, const std::vector<in
             stride *= dims[order[i]];
         }
     }
+    if (threads() > 1 && dims.size() >= 3 && dims[0] == 1) {
+        std::int64_t positions = 1;
+        if (dims.size() == 3)
+            positions = dims[order.empty() ? 2 : order.back()];
+        else
+            for (std::size_t i = 2; i < dims.size(); ++i) positions *= dims[i];
+        state_.plan.buffers.back().period = static_cast<std::size_t>(positions) * size_of(type);
+    }
     alias(output, fact);
     return fact;
 }
@@ -206,20 +214,16 @@ void Planner::step(std::string what, std::vector<Fact> touches, Work work, doubl
 
 namespace {
 
-// Offsets in the arena: the largest first, each at the lowest place where nothing alive at the same time lies.
-std::size_t place(std::vector<Buffer>& buffers) {
-    constexpr std::size_t unit = Memory::alignment;
-    const auto room = [](const Buffer& buffer) { return (buffer.bytes / unit + 1) * unit + unit; };  // a register past the end
-    std::vector<int> order;
-    for (std::size_t i = 0; i < buffers.size(); ++i)
-        if (!buffers[i].constant && buffers[i].last >= buffers[i].first && buffers[i].first >= -1 && buffers[i].last >= 0)
-            order.push_back(static_cast<int>(i));
+// Offsets in a part of the arena that begins at `begin`, and where it ends: the largest first, each at the lowest place where
+// nothing alive at the same time lies. All offsets are multiples of `unit`, from `begin` on.
+std::size_t place(std::vector<Buffer>& buffers, std::vector<int> order, std::size_t begin, std::size_t unit) {
+    const auto room = [&](const Buffer& buffer) { return (buffer.bytes + Memory::alignment + unit - 1) / unit * unit; };  // a register past the end
     std::stable_sort(order.begin(), order.end(), [&](int a, int b) { return buffers[a].bytes > buffers[b].bytes; });
     std::vector<int> placed;  // by offset
-    std::size_t size = 0;
+    std::size_t end = begin;
     for (int each : order) {
         Buffer& buffer = buffers[each];
-        std::size_t offset = 0;
+        std::size_t offset = begin;
         for (int other : placed) {
             const Buffer& there = buffers[other];
             if (there.last < buffer.first || buffer.last < there.first) continue;
@@ -230,9 +234,23 @@ std::size_t place(std::vector<Buffer>& buffers) {
         placed.insert(std::upper_bound(placed.begin(), placed.end(), offset,
                                        [&](std::size_t at, int other) { return at < buffers[other].offset; }),
                       each);
-        size = std::max(size, offset + room(buffer));
+        end = std::max(end, offset + room(buffer));
     }
-    return size;
+    return end;
+}
+
+// The whole arena's bytes. Pixels are shared out over threads by their position, the same way in every layer of one size; so
+// buffers whose channels are equally far apart have a part of the arena of their own, in which every cache line is written by
+// one thread only. Between caches a line takes as long as dozens of multiply-adds.
+std::size_t place(std::vector<Buffer>& buffers) {
+    std::map<std::size_t, std::vector<int>> by_period;
+    for (std::size_t i = 0; i < buffers.size(); ++i)
+        if (!buffers[i].constant && buffers[i].last >= buffers[i].first && buffers[i].first >= -1 && buffers[i].last >= 0)
+            by_period[buffers[i].period].push_back(static_cast<int>(i));
+    std::size_t end = 0;
+    for (const auto& [period, members] : by_period)
+        end = place(buffers, members, end, period == 0 ? Memory::alignment : std::lcm(period, Memory::alignment));
+    return end;
 }
 
 }  // namespace

@@ -25,6 +25,7 @@ struct Buffer {
     std::optional<Tensor> constant;  // what it holds, where it is known while planning; its dims say nothing
     std::size_t offset = 0;          // in the arena, where it is not
     int first = -1, last = -1;       // steps between which it is alive
+    std::size_t period = 0;          // bytes after which the same positions come again, for the next channel; 0: nothing of the kind
 };
 
 struct Fact {

@@ -20,15 +20,22 @@ void add_depthwise(Planner& planner, const Geometry& g, int channels, int multip
     constexpr std::int64_t nearest = 4096;  // floats
     const std::int64_t row_cost = (g.space[2].in + 2 * g.space[2].pad) * g.space[1].stride;
     const std::int64_t rows = std::clamp<std::int64_t>(nearest / std::max<std::int64_t>(row_cost, 1), 1, height);
+    // Large planes are shared out by lines, so that pixels stay with the thread that has them in its cache; small ones whole.
+    constexpr std::int64_t large = 512;  // pixels
+    const int threads = planner.threads(), images = static_cast<int>(g.in.size());
+    const bool by_line = images == 1 && height >= threads && g.positions() >= large;
+    std::int64_t count_of_chunks = (height + rows - 1) / rows;
+    if (by_line) count_of_chunks = (count_of_chunks + threads - 1) / threads * threads;
     auto chunks = std::make_shared<std::vector<Chunk>>();
     std::size_t window_room = 0, sums_room = 0;
     Geometry plane = g;
     plane.in = {0};
     plane.out = {0};
     const int lanes = planner.kernels().lanes;
-    for (std::int64_t first = 0; first < height; first += rows) {
+    for (std::int64_t i = 0; i < count_of_chunks; ++i) {
         Chunk chunk;
-        const std::int64_t count = std::min(rows, height - first);
+        const std::int64_t first = height * i / count_of_chunks, count = height * (i + 1) / count_of_chunks - first;
+        if (count == 0) continue;
         chunk.first = first;
         chunk.window = window_of(plane, {{0, first * width, static_cast<int>(count * width)}}, true);
         chunk.offsets.assign(chunk.window.shifts.begin(), chunk.window.shifts.end());
@@ -47,7 +54,7 @@ void add_depthwise(Planner& planner, const Geometry& g, int channels, int multip
     const std::size_t scratch = window_room + sums_room;
     places.scratch = planner.scratch(Type::f32, {planner.threads(), static_cast<std::int64_t>(scratch)});
     const Finisher finisher = finisher_of(planner.node().finish);
-    const int planes = channels * multiplier, images = static_cast<int>(g.in.size());
+    const int planes = channels * multiplier;
     const std::vector<std::ptrdiff_t> in_offsets = g.in;
     const std::ptrdiff_t channel_step = g.channel_step, positions = static_cast<std::ptrdiff_t>(g.positions());
     const double work = static_cast<double>(positions) * planes * images;
@@ -58,15 +65,19 @@ void add_depthwise(Planner& planner, const Geometry& g, int channels, int multip
             const float* in = frame.at<float>(places.in);
             const float* values = weights.as<float>();
             float* room = frame.at<float>(places.scratch);
-            const int all = planes * images;
-            const int parts = std::min(frame.pool.threads(), all);
+            const std::int64_t all = static_cast<std::int64_t>(planes) * images, pieces = static_cast<std::int64_t>(chunks->size());
+            const int parts = static_cast<int>(std::min<std::int64_t>(frame.pool.threads(), by_line ? pieces : all));
             frame.pool.run(parts, [&](int part) {
                 float* window = room + part * static_cast<std::ptrdiff_t>(scratch);
-                for (int at = static_cast<int>(static_cast<std::int64_t>(all) * part / parts); at < static_cast<std::int64_t>(all) * (part + 1) / parts; ++at) {
+                const std::int64_t first = by_line ? 0 : all * part / parts, last = by_line ? all : all * (part + 1) / parts;
+                const auto begin_chunk = chunks->begin() + (by_line ? pieces * part / parts : 0);
+                const auto end_chunk = chunks->begin() + (by_line ? pieces * (part + 1) / parts : pieces);
+                for (int at = static_cast<int>(first); at < last; ++at) {
                     const int image = at / planes, plane_at = at % planes;
                     const float* from = in + in_offsets[image] + plane_at / multiplier * channel_step;
                     const std::ptrdiff_t to = image * image_out + plane_at * positions;
-                    for (const Chunk& chunk : *chunks) {
+                    for (auto each = begin_chunk; each != end_chunk; ++each) {
+                        const Chunk& chunk = *each;
                         frame.kernels.product.pack(chunk.window.stretches.data(), static_cast<int>(chunk.window.stretches.size()), from, window);
                         Finisher lines = bound;
                         lines.segments = chunk.segments.data();

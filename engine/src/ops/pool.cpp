@@ -153,11 +153,15 @@ void pool(Planner& planner, bool average, bool with_padding) {
             frame.pool.run(parts, [&](int part) {
                 float* own = frame.at<float>(scratch) + static_cast<std::int64_t>(part) * room;
                 std::fill_n(own, room, empty);
-                for (std::int64_t i = planes * lines * part / parts; i < planes * lines * (part + 1) / parts; ++i) {
-                    const std::int64_t line = i % lines, start = reached->start[line];
+                // Lines of all planes, so that pixels are shared out as they are by convolutions; planes where lines are few.
+                const bool by_line = lines >= 8 * parts;
+                const std::int64_t first = by_line ? lines * part / parts : 0, stop = by_line ? lines * (part + 1) / parts : lines;
+                const std::int64_t top = by_line ? 0 : planes * part / parts, bottom = by_line ? planes : planes * (part + 1) / parts;
+                for (std::int64_t i = 0; i < (bottom - top) * (stop - first); ++i) {
+                    const std::int64_t each = top + i / (stop - first), line = first + i % (stop - first), start = reached->start[line];
                     const int there = static_cast<int>(reached->start[line + 1] - start);
-                    float* out = to + i * last.outputs;
-                    const float* in = from + i / lines * plane;
+                    float* out = to + (each * lines + line) * last.outputs;
+                    const float* in = from + each * plane;
                     if (there == 0)
                         std::fill_n(out, last.outputs, empty);
                     else
