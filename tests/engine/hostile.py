@@ -62,6 +62,7 @@ NODES: list[tuple[str, list[Given], dict[str, Any]]] = [
     ("ReduceMean", [(2, 3, 4), ints(1, -1)], {"keepdims": 0}),
     ("ReduceMax", [(2, 3, 4), ints(0)], {}),
     ("ArgMax", [(2, 3, 4)], {"axis": 1, "keepdims": 0}),
+    ("CumSum", [(2, 3, 4), np.int64(1)], {"exclusive": 1, "reverse": 1}),
     ("Clip", [(2, 3), np.float32(-1), np.float32(1)], {}),
     ("Where", [np.array([True, False, True]), (2, 3), (1, 3)], {}),
     ("Cast", [(2, 3)], {"to": int(TensorProto.INT32)}),
