@@ -49,7 +49,7 @@ template <class Function> static inline void map_two(const Runs& given, Function
 
 // For what has no vector code here, a lane at a time.
 template <class Function> static inline Vec by_lane(Vec x, Vec y, Function function) {
-    Vec made;
+    Vec made{};
     for (int i = 0; i < lanes; ++i) made[i] = function(x[i], y[i]);
     return made;
 }
