@@ -4,17 +4,16 @@
 Each is exported once, and run as it is and with 80 % of its layers' weights at zero; where the file leaves the batch
 open, at another batch too. A line of results/zoo.jsonl is one network: what the engine runs itself, what it hands over
 and why, and the largest difference, over the largest value of the same output. docs/engine.md has them as a table.
-Networks that have a line already are run again where they are named, or all of them with --again.
+Networks that have a line already are run again where they are named, or all of them with --again. A crash ends it, and
+the network that crashed has no line: it is the next one to run.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import multiprocessing
 import os
 import re
-import signal
 import time
 from collections import Counter
 from collections.abc import Mapping
@@ -55,7 +54,7 @@ def main() -> None:
     todo = options.labels or [label for label in everything if options.again or label not in lines]
     for label in todo:
         start = time.perf_counter()
-        lines[label] = facts = {"network": label, **_in_a_process(label, options.threads)}
+        lines[label] = facts = {"network": label, **_compared(label, options.threads)}
         _write([lines[label] for label in everything if label in lines])
         print(f"{label:28} {_words(facts)}  {time.perf_counter() - start:.0f} s", flush=True)
 
@@ -66,27 +65,11 @@ def _words(facts: Facts) -> str:
     return f"{facts['error']:.1e} {'whole' if facts['whole'] else facts['handed_over']}"
 
 
-def _in_a_process(label: str, threads: int) -> Facts:
-    """A crash is a fact as well, and takes nothing else along."""
-    processes = multiprocessing.get_context("spawn")
-    ours, theirs = processes.Pipe(duplex=False)
-    child = processes.Process(target=_child, args=(label, threads, theirs))
-    child.start()
-    theirs.close()
+def _compared(label: str, threads: int) -> Facts:
     try:
-        return ours.recv()
-    except EOFError:
-        child.join()
-        return {"failed": f"died of {signal.Signals(-child.exitcode).name}" if child.exitcode else "no answer"}
-    finally:
-        child.join()
-
-
-def _child(label: str, threads: int, answer: Any) -> None:
-    try:
-        answer.send(compare(*stored(label), threads))
+        return compare(*stored(label), threads)
     except Exception as error:
-        answer.send({"failed": f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"})
+        return {"failed": f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"}
 
 
 def stored(label: str) -> tuple[onnx.ModelProto, Arrays]:
