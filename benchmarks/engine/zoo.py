@@ -69,7 +69,8 @@ def _compared(label: str, threads: int) -> Facts:
     try:
         return compare(*stored(label), threads)
     except Exception as error:
-        return {"failed": f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"}
+        told = re.sub(r"/\S*/site-packages/", "", " ".join(str(error).split()))  # where this machine keeps packages
+        return {"failed": f"{type(error).__name__}: {told[:300]}"}
 
 
 def stored(label: str) -> tuple[onnx.ModelProto, Arrays]:

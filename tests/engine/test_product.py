@@ -212,3 +212,26 @@ def test_decisions_are_taken_as_given() -> None:
     engine.run([x["x"]])
     assert engine.decisions.keys() == {key, "other"}
     assert engine.decisions[key] != "dense 999999x-3"
+
+
+def test_a_bias_on_rows_that_follow_from_a_shape() -> None:
+    """As Perceivers repeat learned rows for each batch: both operands are known once the shape is."""
+    random = np.random.default_rng(0)
+    nodes = [
+        node("Shape", ["x"], outputs=["shape"], start=0, end=1),
+        node("Concat", ["shape", "sizes"], outputs=["to"], axis=0),
+        node("Expand", ["rows", "to"], outputs=["repeated"]),
+        node("MatMul", ["repeated", "w"], outputs=["product"]),
+        node("Add", ["product", "b"], outputs=["sum"]),
+        node("Add", ["sum", "x"]),
+    ]
+    constants = {
+        "sizes": np.array([5, 12]),
+        "rows": weights(random, (1, 5, 12), 0.0),
+        "w": weights(random, (12, 7), 0.0),
+        "b": weights(random, (7,), 0.0),
+    }
+    x = {"x": weights(random, (3, 5, 7), 0.0)}
+    made = model(nodes, x, ["y"], constants)
+    assert core.Engine(made.SerializeToString()).run([x["x"]])
+    check(made, x)

@@ -203,7 +203,7 @@ void matmul(Planner& planner) {
     if (depth != b.dims[b.rank() - 2]) throw Error("shapes " + describe(a.dims) + " and " + describe(b.dims) + " cannot be multiplied");
     std::optional<Fact> bias;
     if (planner.has(2)) bias = planner.dense(planner.in(2));
-    if (b.constant && b.rank() == 2 && !a.constant) {
+    if (b.constant && b.rank() == 2 && (!a.constant || bias)) {
         const auto weights = planner.prepared<Tensor>("transposed", [&] { return transposed_matrix(planner.constant(1)); });
         return linear(planner, *weights, a, a.rank() - 1, bias, std::nullopt);
     }
