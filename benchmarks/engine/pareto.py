@@ -247,6 +247,8 @@ def plot(options: argparse.Namespace) -> None:
     found = [pareto_plot.Panel.of(name, *(rows(options.results, kind) for kind in ("pareto", "pareto_latency")))
              for name in options.subjects]  # fmt: skip
     panels = [panel for panel in found if panel is not None]
+    if not panels:
+        raise SystemExit("Nothing to draw: `latency` has timed no subject that `prune` has a row of.")
     path = pareto_plot.draw(panels, options.docs / "images" / "engine-pareto.png")
     body = pareto_plot.table(panels)
     put("pareto", body, options.docs / "engine.md")
