@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """`python -m benchmarks.engine.zoo [LABEL ...]`: every network of the zoo and of the benchmark, in the engine and in ONNX Runtime.
 
-Each is exported once, and run as it is and with 80 % of its layers' weights at zero; where the file leaves the batch
+Each is exported once, and run as it is and with 80 % of its layers' weights at zero (those of the benchmark with as many
+zeros as they are timed with); where the file leaves the batch
 open, at another batch too. A line of results/zoo.jsonl is one network: what the engine runs itself, what it hands over
 and why, and the largest difference, over the largest value of the same output. docs/engine.md has them as a table.
 Networks that have a line already are run again where they are named, or all of them with --again. A crash ends it, and
@@ -16,7 +17,7 @@ import os
 import re
 import time
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -61,16 +62,24 @@ def main() -> None:
 
 def _words(facts: Facts) -> str:
     if "failed" in facts:
-        return facts["failed"]
+        return str(facts["failed"])
     return f"{facts['error']:.1e} {'whole' if facts['whole'] else facts['handed_over']}"
 
 
 def _compared(label: str, threads: int) -> Facts:
     try:
+        if label.startswith("benchmark "):
+            return _compare_benchmark(label.removeprefix("benchmark "), threads)
         return compare(*stored(label), threads)
     except Exception as error:
         told = re.sub(r"/\S*/site-packages/", "", " ".join(str(error).split()))  # where this machine keeps packages
         return {"failed": f"{type(error).__name__}: {told[:300]}"}
+
+
+def _compare_benchmark(name: str, threads: int) -> Facts:
+    network, model = NETWORKS[name], onnx.load(files.plain(name, NETWORKS[name].sparsities[-1]))
+    arrays = dict(zip([value.name for value in model.graph.input], (x.numpy() for x in network.inputs(1)), strict=True))
+    return compare(model, arrays, threads, network.sparsities[-1:])
 
 
 def stored(label: str) -> tuple[onnx.ModelProto, Arrays]:
@@ -88,21 +97,12 @@ def _export(label: str, path: Path, arrays: Path) -> None:
     from featherweight.deploy import export_onnx
     from featherweight.deploy.sessions import flatten_inputs
 
-    model, inputs = _make(label)
+    model, inputs = find(label).make()
     if isinstance(inputs, dict):
         model, inputs = _Positional(model, tuple(inputs)), tuple(inputs.values())
     written = export_onnx(model, inputs, path)
     names = [value.name for value in onnx.load(written.path, load_external_data=False).graph.input]
     np.savez(arrays, **{name: leaf.numpy() for name, leaf in zip(names, flatten_inputs(inputs), strict=True)})
-
-
-def _make(label: str) -> tuple[nn.Module, Any]:
-    if not label.startswith("benchmark "):
-        return find(label).make()
-    from benchmarks.engine.networks import pruned
-
-    name = label.removeprefix("benchmark ")
-    return pruned(name, 0.0), NETWORKS[name].inputs(1)
 
 
 class _Positional(nn.Module):
@@ -116,12 +116,12 @@ class _Positional(nn.Module):
         return self.model(**dict(zip(self.names, values, strict=True)))
 
 
-def compare(model: onnx.ModelProto, inputs: Arrays, threads: int) -> Facts:
+def compare(model: onnx.ModelProto, inputs: Arrays, threads: int, shares: Sequence[float] = (0.0, ZEROS)) -> Facts:
     """The engine's answers beside ONNX Runtime's, dense and with zeros, at the example's batch and at another."""
     from featherweight.runtime import load, open_onnxruntime
 
     facts: Facts = {"nodes": len(model.graph.node), "differences": {}}
-    for zeros in (0.0, ZEROS):
+    for zeros in shares:
         if zeros:
             _prune(model, zeros)
         stock = open_onnxruntime(model.SerializeToString(), threads)
@@ -206,21 +206,20 @@ def page(lines: list[Facts]) -> str:
         f"{largest['error']:.1e} ({largest['network']}).",
         *(f"Not run: {facts['network']} ({facts['failed']})." for facts in exported if "failed" in facts),
         "",
-        "| network | in ONNX Runtime, because | nodes that go along | largest difference |",
-        "| --- | --- | --- | --- |",
-        f"| {len(whole)} networks | nothing | | {max((facts['error'] for facts in whole), default=0.0):.1e} |",
+        "| networks | nodes in ONNX Runtime, and why | largest difference |",
+        "| --- | --- | --- |",
+        f"| {len(whole)} | none | {max((facts['error'] for facts in whole), default=0.0):.1e} |",
     ]
+    groups: dict[str, list[Facts]] = {}
     for facts in told:
         reasons = {why: ops for why, ops in facts["handed_over"].items() if "matrix product" not in why}
-        along = sum(n for why, ops in facts["handed_over"].items() if why not in reasons for n in ops.values())
-        listed = "; ".join(f"{_counted(ops)}: {why}" for why, ops in reasons.items()).replace("|", "/")
-        if facts["handed_over"]:
-            rows.append(f"| {facts['network']} | {listed} | {along} | {facts['error']:.1e} |")
+        listed = "; ".join(f"{', '.join(sorted(ops))}: {why}" for why, ops in reasons.items()).replace("|", "/")
+        if not facts["whole"]:
+            groups.setdefault(listed, []).append(facts)
+    for listed, alike in sorted(groups.items(), key=lambda group: -len(group[1])):
+        names = ", ".join(facts["network"] for facts in alike)
+        rows.append(f"| {names} | {listed} | {max(facts['error'] for facts in alike):.1e} |")
     return "\n".join(rows)
-
-
-def _counted(ops: Mapping[str, int]) -> str:
-    return ", ".join(op if n == 1 else f"{op} {n}" for op, n in ops.items())
 
 
 if __name__ == "__main__":
