@@ -38,6 +38,11 @@ def call(*command: str | Path, **environment: str) -> str:
     return ran.stdout
 
 
+def tool(*command: str | Path) -> str:
+    """The same of a compiler and the like, which no sanitizer is to watch where this process is watched."""
+    return call(*command, LD_PRELOAD="")
+
+
 @contextlib.contextmanager
 def locked(name: str) -> Iterator[Path]:
     """The folder of a build. Processes that want the same one wait for each other."""
@@ -54,11 +59,11 @@ def build(name: str, *options: str, targets: tuple[str, ...] = (), install: Path
         new = not (folder / "CMakeCache.txt").exists()
         generator = ["-G", "Ninja"] if new and shutil.which("ninja") else []
         prefix = [f"-DCMAKE_INSTALL_PREFIX={install}"] if install else []
-        call("cmake", "-S", ENGINE, "-B", folder, *generator, *options, *prefix)
+        tool("cmake", "-S", ENGINE, "-B", folder, *generator, *options, *prefix)
         wanted = ["--target", *targets] if targets else []
-        call("cmake", "--build", folder, "--parallel", str(len(os.sched_getaffinity(0))), *wanted)
+        tool("cmake", "--build", folder, "--parallel", str(len(os.sched_getaffinity(0))), *wanted)
         if install:
-            call("cmake", "--install", folder)
+            tool("cmake", "--install", folder)
     return folder
 
 

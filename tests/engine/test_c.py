@@ -15,7 +15,7 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 
 import featherweight_engine as core
-from tests.engine.builds import ENGINE, QUICKLY, build, call, locked, sanitized
+from tests.engine.builds import ENGINE, QUICKLY, build, call, locked, sanitized, tool
 
 COMPILER = shutil.which("cc")
 SANITIZER = os.environ.get("FEATHERWEIGHT_SANITIZED")  # what this process was made ready for by `make sanitize`
@@ -79,7 +79,7 @@ def test_the_example_answers_as_python_does(installed: Path, tmp_path: Path, thr
     onnx.save(small(), tmp_path / "model.onnx")
     strict = ["-std=c11", "-Wall", "-Wextra", "-Wpedantic", "-Werror"]
     source = ENGINE / "examples" / "run.c"
-    call(COMPILER, *strict, source, *flags(installed), f"-Wl,-rpath,{installed / 'lib'}", "-o", tmp_path / "run")
+    tool(COMPILER, *strict, source, *flags(installed), f"-Wl,-rpath,{installed / 'lib'}", "-o", tmp_path / "run")
     printed = call(tmp_path / "run", tmp_path / "model.onnx", str(threads)).splitlines()
 
     engine = core.Engine(tmp_path / "model.onnx", threads=threads)
@@ -107,13 +107,14 @@ def test_the_program_of_the_docs_runs(installed: Path, tmp_path: Path) -> None:
     (tmp_path / "program.c").write_text(program)
     strict = ["-std=c11", "-Wall", "-Wextra", "-Wpedantic", "-Werror"]
     run_path = f"-Wl,-rpath,{installed / 'lib'}"
-    call(COMPILER, *strict, tmp_path / "program.c", *flags(installed), run_path, "-o", tmp_path / "program")
+    tool(COMPILER, *strict, tmp_path / "program.c", *flags(installed), run_path, "-o", tmp_path / "program")
     printed = call(tmp_path / "program", tmp_path / "model.onnx")
     x = np.array([1, 2, 3, *[0] * 12], np.float32).reshape(1, 3, 5)
     y = np.maximum(x[0, 0] @ numpy_helper.to_array(small().graph.initializer[0]), 0)
     assert printed == f"y: {3 * 7 * 4} bytes, the first is {y[0]:g}\n"
 
 
+@pytest.mark.skipif(SANITIZER is not None, reason="a shell, a compiler and the program in one go")
 def test_the_commands_of_the_docs_work(installed: Path, tmp_path: Path) -> None:
     """In the folder of the build that is there, and with a model that is there."""
     building, using = (each.replace("$HOME/.local", str(installed)) for each in blocks("sh"))
@@ -124,7 +125,7 @@ def test_the_commands_of_the_docs_work(installed: Path, tmp_path: Path) -> None:
             .replace("--install build", f"--install {folder}")
             .splitlines()
         ):
-            call("sh", "-euc", f"cd {ENGINE.parent}; {command}")
+            tool("sh", "-euc", f"cd {ENGINE.parent}; {command}")
     if shutil.which("pkg-config") is None:
         found = " ".join(flags(installed))
         using = using.replace("$(pkg-config --cflags --libs featherweight-engine)", found)
@@ -141,7 +142,7 @@ def test_the_header_is_cxx_too(tmp_path: Path) -> None:
     (tmp_path / "uses.cpp").write_text(
         "#include <featherweight/engine.h>\nint main() { fw_options o = FW_OPTIONS; return o.threads - 1; }\n"
     )
-    call(
+    tool(
         compiler,
         "-std=c++17",
         "-Wall",
