@@ -140,7 +140,7 @@ def test_every_file_is_timed_against_what_onnx_runtime_answers_and_drawn(folder:
     (folder / "docs").mkdir()
     (folder / "docs" / "engine.md").write_text("<!-- pareto -->\n<!-- end -->\n")
     run("plot", folder)
-    assert (folder / "docs" / "images" / "engine-pareto.png").stat().st_size > 10_000
+    assert (folder / "docs" / "img" / "engine-pareto.png").stat().st_size > 10_000
     assert (folder / "docs" / "engine.md").read_text().count("| made_up |") == 3
 
 

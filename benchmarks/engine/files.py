@@ -7,6 +7,7 @@ import copy
 from pathlib import Path
 
 import torch
+from torch.onnx import symbolic_opset14
 
 import featherweight as fw
 from benchmarks.engine.networks import NETWORKS, pruned
@@ -47,7 +48,7 @@ def older(name: str, sparsity: float, batch: int) -> Path:
         partial = path.with_suffix(".partial")
         # Written for opset 14 and of ops that opset 13 has.
         torch.onnx.register_custom_op_symbolic(
-            "aten::scaled_dot_product_attention", torch.onnx.symbolic_opset14.scaled_dot_product_attention, 13
+            "aten::scaled_dot_product_attention", symbolic_opset14.scaled_dot_product_attention, 13
         )
         torch.onnx.export(
             pruned(name, sparsity), inputs, str(partial), dynamo=False, opset_version=13, input_names=["x"]

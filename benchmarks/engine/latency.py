@@ -71,7 +71,9 @@ class Way:
             stdout=subprocess.PIPE,
             stderr=self.log,
             text=True,
-            env=os.environ | {"PYTHONPATH": os.pathsep.join([str(Path.cwd()), *sys.path])},
+            # Another interpreter has packages of its own.
+            env=os.environ
+            | {"PYTHONPATH": os.pathsep.join([str(Path.cwd()), *sys.path]) if interpreter == sys.executable else ""},
         )
         self.times: list[float] = []
         try:

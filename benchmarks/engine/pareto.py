@@ -249,7 +249,7 @@ def plot(options: argparse.Namespace) -> None:
     panels = [panel for panel in found if panel is not None]
     if not panels:
         raise SystemExit("Nothing to draw: `latency` has timed no subject that `prune` has a row of.")
-    path = pareto_plot.draw(panels, options.docs / "images" / "engine-pareto.png")
+    path = pareto_plot.draw(panels, options.docs / "img" / "engine-pareto.png")
     body = pareto_plot.table(panels)
     put("pareto", body, options.docs / "engine.md")
     print(body, path, sep="\n")
