@@ -38,6 +38,7 @@ $(INSTALLED): pyproject.toml constraints.txt | $(ENGINE)
 	@touch $@
 
 $(ENGINE): $(ENGINE_SOURCES)
+	@command -v $${CXX:-c++} >/dev/null || { echo "The engine needs a C++ compiler, and there is none named $${CXX:-c++}: install one (Debian, Ubuntu: apt-get install g++), or set CXX" >&2; exit 1; }
 	@echo "Building the engine (a minute or two the first time)"
 	@test -x $(BIN)/pip || $(PYTHON) -m venv $(VENV)
 	@$(PIP_INSTALL) -c constraints.txt scikit-build-core nanobind cmake ninja

@@ -12,6 +12,13 @@ namespace {
 // a few hundred megabytes; a file of a few bytes can ask for any amount.
 constexpr std::size_t most_evaluated = std::size_t{1} << 30;
 
+// Bytes from a channel to the next of one image, stored in `order`: every cache line of a channel has its thread (see place).
+std::size_t period_of(Type type, const Dims& dims, const std::vector<int>& order, int threads) {
+    if (threads == 1 || dims.size() < 3 || dims[0] != 1) return 0;
+    if (dims.size() == 3) return static_cast<std::size_t>(dims[order.empty() ? 2 : order.back()]) * size_of(type);
+    return bytes_of(type, Dims(dims.begin() + 2, dims.end()));
+}
+
 }  // namespace
 
 struct Planner::State {
@@ -146,14 +153,7 @@ Fact Planner::make(int output, Type type, const Dims& dims, const std::vector<in
             stride *= dims[order[i]];
         }
     }
-    if (threads() > 1 && dims.size() >= 3 && dims[0] == 1) {
-        std::int64_t positions = 1;
-        if (dims.size() == 3)
-            positions = dims[order.empty() ? 2 : order.back()];
-        else
-            for (std::size_t i = 2; i < dims.size(); ++i) positions *= dims[i];
-        state_.plan.buffers.back().period = static_cast<std::size_t>(positions) * size_of(type);
-    }
+    state_.plan.buffers.back().period = period_of(type, dims, order, threads());
     alias(output, fact);
     return fact;
 }
@@ -242,15 +242,26 @@ std::size_t place(std::vector<Buffer>& buffers, std::vector<int> order, std::siz
 // The whole arena's bytes. Pixels are shared out over threads by their position, the same way in every layer of one size; so
 // buffers whose channels are equally far apart have a part of the arena of their own, in which every cache line is written by
 // one thread only. Between caches a line takes as long as dozens of multiply-adds.
+// That wastes room: buffers of a few channels have none of it, and where the parts together would be more than twice the
+// arena that all buffers can share, they share it.
 std::size_t place(std::vector<Buffer>& buffers) {
+    const auto unit = [](std::size_t period) { return period == 0 ? Memory::alignment : std::lcm(period, Memory::alignment); };
     std::map<std::size_t, std::vector<int>> by_period;
-    for (std::size_t i = 0; i < buffers.size(); ++i)
-        if (!buffers[i].constant && buffers[i].last >= buffers[i].first && buffers[i].first >= -1 && buffers[i].last >= 0)
-            by_period[buffers[i].period].push_back(static_cast<int>(i));
+    std::vector<int> all;
+    for (std::size_t i = 0; i < buffers.size(); ++i) {
+        const Buffer& buffer = buffers[i];
+        if (buffer.constant || buffer.last < buffer.first || buffer.last < 0) continue;
+        all.push_back(static_cast<int>(i));
+        by_period[unit(buffer.period) <= buffer.bytes / 4 ? buffer.period : 0].push_back(static_cast<int>(i));
+    }
     std::size_t end = 0;
-    for (const auto& [period, members] : by_period)
-        end = place(buffers, members, end, period == 0 ? Memory::alignment : std::lcm(period, Memory::alignment));
-    return end;
+    for (const auto& [period, members] : by_period) end = place(buffers, members, (end + unit(period) - 1) / unit(period) * unit(period), unit(period));
+    if (by_period.size() < 2) return end;
+    std::vector<Buffer> together = buffers;
+    const std::size_t least = place(together, all, 0, Memory::alignment);
+    if (end <= 2 * least) return end;
+    buffers = std::move(together);
+    return least;
 }
 
 }  // namespace
@@ -268,7 +279,9 @@ Plan make_plan(const Graph& graph, const std::vector<Fact>& inputs, const std::v
             continue;
         }
         const Fact fact = state.room(inputs[i].type, inputs[i].dims);
-        state.plan.buffers[fact.buffer].first = state.plan.buffers[fact.buffer].last = 0;
+        Buffer& buffer = state.plan.buffers[fact.buffer];
+        buffer.first = buffer.last = 0;
+        buffer.period = period_of(fact.type, fact.dims, {}, pool.threads());
         state.facts[graph.inputs[i]] = fact;
         state.plan.inputs.push_back(fact);
     }

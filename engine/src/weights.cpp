@@ -82,8 +82,9 @@ std::optional<Numbers> bias_of(const Edit& edit, const Product& product) {
     return Numbers(bias->as<float>(), bias->as<float>() + bias->size());
 }
 
-// The output of the product times `scale` plus `shift`, as one product: in double, rounded once. A zero stays a zero.
-void rescale(Edit& edit, int number, const Product& product, const Numbers& bias, const Numbers& scale, const Numbers& shift) {
+// The output of the product times `scale` plus `shift`, as one product: in double, rounded once. A zero stays a zero, so what
+// would not (a division by zero, a variance of minus epsilon) is left to be computed as it stands.
+bool rescale(Edit& edit, int number, const Product& product, const Numbers& bias, const Numbers& scale, const Numbers& shift) {
     Node made = *product.node;
     made.outputs = {edit.node(number).outputs[0]};
     made.inputs.resize(3, -1);
@@ -91,14 +92,21 @@ void rescale(Edit& edit, int number, const Product& product, const Numbers& bias
         Tensor weights(Type::f32, product.weights->dims);
         const float* from = product.weights->as<float>();
         float* to = weights.as<float>();
-        for (std::int64_t i = 0; i < weights.size(); ++i) to[i] = static_cast<float>(from[i] * scale[product.channel_of(i)]);
+        for (std::int64_t i = 0; i < weights.size(); ++i) {
+            to[i] = static_cast<float>(from[i] * scale[product.channel_of(i)]);
+            if (!std::isfinite(to[i])) return false;
+        }
         made.inputs[1] = edit.add(edit.graph().values[made.inputs[1]].name + ", scaled", std::move(weights));
     }
     Tensor moved(Type::f32, {product.channels});
-    for (std::size_t c = 0; c < bias.size(); ++c) moved.as<float>()[c] = static_cast<float>(bias[c] * scale[c] + shift[c]);
+    for (std::size_t c = 0; c < bias.size(); ++c) {
+        moved.as<float>()[c] = static_cast<float>(bias[c] * scale[c] + shift[c]);
+        if (!std::isfinite(moved.as<float>()[c])) return false;
+    }
     made.inputs[2] = edit.add("bias of " + made.name, std::move(moved));
     made.attributes.erase("beta");
     edit.replace(number, std::move(made));
+    return true;
 }
 
 // BatchNormalization as it is used: scale and shift by channel.
@@ -149,9 +157,7 @@ bool fold_weights(Edit& edit, int number) {
         if (!found) continue;
         const auto bias = bias_of(edit, *found);
         const auto by = norm ? batch_norm(edit, node, *found) : arithmetic(node, *found, edit.constant(node.inputs[1 - i]), i == 0);
-        if (!bias || !by) continue;
-        rescale(edit, number, *found, *bias, by->first, by->second);
-        return true;
+        if (bias && by && rescale(edit, number, *found, *bias, by->first, by->second)) return true;
     }
     return false;
 }

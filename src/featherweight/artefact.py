@@ -21,9 +21,9 @@ from torch import nn
 from featherweight import pack
 from featherweight.edits import apply, replay
 from featherweight.errors import ArtefactError
+from featherweight.files import write_atomically
 from featherweight.layers import fill, tensors_and_ties
 from featherweight.plan import Plan, Tie
-from featherweight.state import write_atomically
 
 __all__ = [
     "MODEL",

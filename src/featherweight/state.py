@@ -8,7 +8,6 @@ and renamed, so that a checkpoint is either the old one or the new one, whenever
 from __future__ import annotations
 
 import json
-import os
 import random
 from collections.abc import Mapping
 from pathlib import Path
@@ -21,27 +20,11 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from featherweight.errors import ArtefactError
+from featherweight.files import write_atomically
 
-__all__ = ["load_state", "random_state", "save_state", "set_random_state", "write_atomically"]
+__all__ = ["load_state", "random_state", "save_state", "set_random_state"]
 
 _KEY = "featherweight.state"
-
-
-def write_atomically(path: Path, write: Any) -> None:
-    """Calls `write(temporary path)` in the same folder, flushes to disk and renames; leaves nothing half-written.
-
-    Raises `ArtefactError` where the folder cannot be written or the disk is full; an older file stays as it was.
-    """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        write(temporary)
-        with open(temporary, "rb+") as file:
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except (OSError, SafetensorError) as error:
-        raise ArtefactError(f"{path} could not be written: {error}. What stood there before is untouched.") from error
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def save_state(path: Path, state: Mapping[str, Any]) -> None:

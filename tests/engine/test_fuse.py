@@ -15,7 +15,7 @@ from onnx import TensorProto, helper
 
 import featherweight_engine as core
 from tests.engine.networks import ALL, exported
-from tests.engine.nodes import Arrays, check, model, node, onnxruntime
+from tests.engine.nodes import Arrays, check, engine, model, node, onnxruntime
 
 FIRST_SET = core.instruction_sets()[:1]
 
@@ -125,6 +125,17 @@ def test_a_number_less_a_conv_stays() -> None:
     constants = CONV | {"k": number(2)}
     expect([conv("t"), node("Sub", ["k", "t"])], [("Conv", ""), ("Sub", "")], X, constants)
     assert fused(model([conv("t"), node("Div", ["k", "t"])], {"x": X}, ["y"], constants)) == [("Conv", ""), ("Div", "")]
+
+
+def test_a_division_by_zero_is_not_folded_into_weights_of_which_some_are_zero() -> None:
+    """Zero times infinity is none of the channel's answers."""
+    constants = CONV | {"k": np.array([1, 2, 0, 4, 5, 6], np.float32).reshape(6, 1, 1)}
+    constants["w"] = np.where(np.arange(6)[:, None, None] == 0, np.float32(0), CONV["w"])
+    made = model([conv("t"), node("Div", ["t", "k"])], {"x": X}, ["y"], constants)
+    assert fused(made) == [("Conv", ""), ("Div", "")]
+    expected = onnxruntime(made, {"x": X})["y"]
+    np.testing.assert_allclose(engine(made, {"x": X})["y"], expected, rtol=1e-5, atol=1e-5)
+    assert np.isinf(expected[:, 2]).all() and np.isfinite(expected[:, 3]).all()
 
 
 def test_bias_goes_into_a_matmul() -> None:

@@ -270,6 +270,8 @@ def test_the_machines_facts_are_read_from_the_system(monkeypatch, tmp_path) -> N
         "/sys/devices/system/cpu/cpu0/cpufreq/scaling_governor": "powersave",
     }
     monkeypatch.setattr("featherweight.measure.machine._read", files.get)
+    system = lambda path: SimpleNamespace(read_text=lambda: files[path])  # noqa: E731
+    monkeypatch.setattr("featherweight.processor.Path", system)
     facts = machine_facts()
     assert (facts["cpu"], facts["flags"]) == ("Abacus 3", ["avx2", "avx512_vnni"])
     assert (facts["cpu_quota"], facts["governor"]) == (1.5, "powersave")

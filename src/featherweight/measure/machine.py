@@ -11,6 +11,8 @@ from typing import Any
 
 import torch
 
+from featherweight.processor import processor_flags, processor_name
+
 __all__ = ["machine_facts"]
 
 # What decides how fast matrix kernels can be: vector width, and dot products of bytes or bfloat16.
@@ -29,10 +31,9 @@ def machine_facts() -> dict[str, Any]:
     >>> facts["cores"] >= 1, "torch" in facts["versions"]
     (True, True)
     """
-    info = _cpuinfo()
-    flags = set((info.get("flags") or info.get("Features") or "").split())
+    flags = processor_flags()
     return {
-        "cpu": info.get("model name") or platform.processor() or platform.machine(),
+        "cpu": processor_name(),
         "flags": [flag for flag in f"{_FLAGS_X86} {_FLAGS_ARM}".split() if flag in flags],
         "torch_kernels": torch.backends.cpu.get_cpu_capability(),
         "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
@@ -44,13 +45,6 @@ def machine_facts() -> dict[str, Any]:
         "python": platform.python_version(),
         "versions": {name: version for name in _PACKAGES if (version := _version(name))},
     }
-
-
-def _cpuinfo() -> dict[str, str]:
-    """Of the first processor; the rest repeat it."""
-    first = (_read("/proc/cpuinfo") or "").partition("\n\n")[0]
-    pairs = (line.partition(":") for line in first.splitlines())
-    return {key.strip(): value.strip() for key, _, value in pairs}
 
 
 def _quota() -> float | None:

@@ -20,9 +20,9 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from featherweight.errors import ArtefactError, OptionError, nearest
+from featherweight.files import write_atomically
 from featherweight.pack.words import name_of, words
 from featherweight.reconstruct.entries import Contents, Settled, settled
-from featherweight.state import write_atomically
 
 __all__ = ["Database", "Entry", "Layer", "fingerprint", "load_database", "read", "write_index", "write_tensors"]
 

@@ -6,15 +6,14 @@ from __future__ import annotations
 import contextlib
 import importlib.metadata
 import json
-import os
-import platform
-import tempfile
 import threading
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from featherweight.errors import ArtefactError
+from featherweight.files import write_atomically
+from featherweight.processor import processor_name
 
 __all__ = ["Decisions"]
 
@@ -48,7 +47,8 @@ class Decisions:
                 return
             everything = _read(self._path)
             everything[_here()] = self._found = everything.get(_here(), {}) | self._found
-            _replace(self._path, json.dumps(everything, indent=1) + "\n")
+            text = json.dumps(everything, indent=1) + "\n"
+            write_atomically(self._path, lambda partial: _write(partial, text))
 
 
 def _read(path: Path) -> dict[str, dict[str, str]]:
@@ -64,38 +64,17 @@ def _read(path: Path) -> dict[str, dict[str, str]]:
     return dict(found)
 
 
-def _replace(path: Path, text: str) -> None:
-    partial = None
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(
-            "w", encoding="utf-8", dir=path.parent, prefix=f".{path.name}.", delete=False
-        ) as file:
-            partial = file.name
-            file.write(text)
-        os.replace(partial, path)
-    except OSError as error:
-        if partial is not None:
-            with contextlib.suppress(OSError):
-                os.unlink(partial)
-        raise ArtefactError(f"cache {path} cannot be written: {error}.") from error
+def _write(path: Path, text: str) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(text, encoding="utf-8")
 
 
 def _here() -> str:
     """What decisions hold for: a processor, and a version of the core. Instruction sets and threads are in their keys."""
-    return f"featherweight-engine {_version()}, {_processor()}"
+    return f"featherweight-engine {_version()}, {processor_name()}"
 
 
 def _version() -> str:
     with contextlib.suppress(importlib.metadata.PackageNotFoundError):
         return importlib.metadata.version("featherweight-engine")
     return "from its source"
-
-
-def _processor() -> str:
-    with contextlib.suppress(OSError):
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            name, _, value = line.partition(":")
-            if name.strip() == "model name":
-                return value.strip()
-    return platform.processor() or platform.machine()
