@@ -205,6 +205,7 @@ Fact Planner::dense(const Fact& fact, const std::vector<int>& order) {
 void Planner::step(std::string what, std::vector<Fact> touches, Work work, double flops, double bytes) {
     const int now = static_cast<int>(state_.plan.steps.size());
     for (const Fact& fact : touches) {
+        if (fact.buffer < 0) throw Error(node().describe() + " has a step that touches what lies nowhere");
         Buffer& buffer = state_.plan.buffers[fact.buffer];
         if (buffer.first < 0) buffer.first = now;
         buffer.last = now;

@@ -77,6 +77,11 @@ def test_pads_by_name(auto_pad: str, size: int) -> None:
         ((1, 3, 64, 64), 64, 7, 2, 1),
         ((1, 32, 28, 28), 32, 3, 1, 32),  # depthwise
         ((2, 24, 57, 31), 48, 5, 2, 24),  # depthwise, two rows a channel
+        ((1, 6, 61, 47), 6, 3, 2, 6),  # depthwise, a plane that threads share
+        ((1, 6, 29, 50), 6, 3, 1, 6),  # the same, whose registers go on over lines' ends
+        ((2, 20, 7, 7), 20, 5, 1, 20),  # depthwise, lines shorter than a register
+        ((1, 6, 64, 40), 6, 2, 1, 6),  # depthwise, an output wider than the input
+        ((1, 6, 40, 40), 6, 3, 3, 6),  # depthwise, a stride that takes a window
         ((1, 64, 15, 15), 32, 3, 1, 4),
     ],
 )

@@ -54,6 +54,15 @@ struct Line {
     int size;
 };
 
+// Positions of a plane that a depthwise convolution sums where they lie: `size` of them, at most a register's lanes, side by
+// side in the output from `to` on. Tap t reads plane[from + shifts[t] + i * stride]; where bit i * stride of masks[masks + t]
+// is not set, that lies outside and is zero. Where `masks` is negative all lies inside, and `count` whole registers follow
+// each other.
+struct Strip {
+    std::ptrdiff_t from, to;
+    int masks, size, count;
+};
+
 struct ProductKernels {
     // Rows [begin, end) times a panel of `width` registers; row k of the panel is at panel + k * step. `sums` (width * lanes
     // floats a row, from `begin` on) carries partial sums from block to block; the first starts at the bias, the last finishes.
@@ -81,6 +90,10 @@ struct ProductKernels {
     // finished by segments of it. `sums` has room for a register behind `size`.
     void (*depthwise)(const float* in, const std::int32_t* offsets, const float* weights, int taps, int size, float bias, float* sums,
                       const Finisher& finisher);
+    // A plane of a depthwise convolution without a padded copy of it, its stride 1 or 2 along a line. Null where an instruction
+    // set does not load by a mask.
+    void (*depthwise_strips)(const float* plane, int stride, const Strip* strips, int count, const std::uint32_t* masks,
+                             const std::ptrdiff_t* shifts, const float* weights, int taps, float bias, const Finisher& finisher);
     // `rounds` times 12 registers of multiply-adds and nothing else: what the processor can do at most.
     void (*spin)(std::int64_t rounds, float* out);
     // The sum of `size` floats, a multiple of 4 registers: what memory can do at most.

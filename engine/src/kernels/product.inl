@@ -300,6 +300,62 @@ static void depthwise(const float* in, const std::int32_t* offsets, const float*
     finish_segments(sums, finisher, 0);
 }
 
+#if defined(KERNELS_LOAD_WHERE)
+template <int stride>
+static inline Vec strip_tap(const float* from) {
+    if constexpr (stride == 1) return load(from);
+    return __builtin_shufflevector(load(from), load(from + lanes), KERNELS_EVEN);
+}
+template <int stride>
+static inline Vec strip_tap(const float* from, std::uint32_t mask) {
+    if constexpr (stride == 1) return load_where(from, mask);
+    return __builtin_shufflevector(load_where(from, mask), load_where(from + lanes, mask >> lanes), KERNELS_EVEN);
+}
+
+// `known`: the number of taps where it is known to the compiler, so that weights stay in registers.
+template <int stride, int known>
+static void depthwise_by_strips(const float* plane, const Strip* strips, int count, const std::uint32_t* masks, const std::ptrdiff_t* shifts,
+                                const float* weights, int taps, float bias, const Finisher& finisher) {
+    if constexpr (known > 0) taps = known;
+    for (const Strip* strip = strips; strip != strips + count; ++strip) {
+        const float* from = plane + strip->from;
+        if (strip->masks < 0) {
+            for (std::ptrdiff_t i = 0; i < strip->count; ++i, from += lanes * stride) {
+                Vec sum = splat(bias);
+#pragma GCC unroll 9
+                for (int t = 0; t < taps; ++t) sum += splat(weights[t]) * strip_tap<stride>(from + shifts[t]);
+                const std::ptrdiff_t to = strip->to + i * lanes;
+                const Vec residual = finisher.residual != nullptr ? load(finisher.residual + to) : Vec{};
+                store(finisher.out + to, finished(sum, finisher, residual));
+            }
+        } else {
+            Vec sum = splat(bias);
+            const std::uint32_t* mask = masks + strip->masks;
+#pragma GCC unroll 9
+            for (int t = 0; t < taps; ++t) sum += splat(weights[t]) * strip_tap<stride>(from + shifts[t], mask[t]);
+            const std::ptrdiff_t to = strip->to;
+            if (strip->size == lanes) {
+                const Vec residual = finisher.residual != nullptr ? load(finisher.residual + to) : Vec{};
+                store(finisher.out + to, finished(sum, finisher, residual));
+            } else {
+                const Vec residual = finisher.residual != nullptr ? load_first(finisher.residual + to, strip->size) : Vec{};
+                store_first(finisher.out + to, finished(sum, finisher, residual), strip->size);
+            }
+        }
+    }
+}
+
+static void depthwise_strips(const float* plane, int stride, const Strip* strips, int count, const std::uint32_t* masks,
+                             const std::ptrdiff_t* shifts, const float* weights, int taps, float bias, const Finisher& finisher) {
+    if (stride == 1)
+        (taps == 9 ? depthwise_by_strips<1, 9> : depthwise_by_strips<1, 0>)(plane, strips, count, masks, shifts, weights, taps, bias, finisher);
+    else
+        (taps == 9 ? depthwise_by_strips<2, 9> : depthwise_by_strips<2, 0>)(plane, strips, count, masks, shifts, weights, taps, bias, finisher);
+}
+#else
+static constexpr decltype(ProductKernels::depthwise_strips) depthwise_strips = nullptr;
+#endif
+
 static void spin(std::int64_t rounds, float* out) {
     Vec sum[12];
     for (int i = 0; i < 12; ++i) sum[i] = splat(out[i]);
@@ -321,4 +377,4 @@ static float read(const float* from, std::int64_t size) {
     return whole;
 }
 
-static constexpr ProductKernels product_kernels{sparse, dense, dense_rows, pack_rows, pack, spread, sparse_vector, dense_vector, depthwise, spin, read};
+static constexpr ProductKernels product_kernels{sparse, dense, dense_rows, pack_rows, pack, spread, sparse_vector, dense_vector, depthwise, depthwise_strips, spin, read};

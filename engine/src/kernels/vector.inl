@@ -21,6 +21,11 @@ static inline Vec load_first(const float* from, int n) {
 static inline void store_first(float* to, Vec value, int n) {
     _mm512_mask_storeu_ps(to, static_cast<__mmask16>((1u << n) - 1), (__m512)value);
 }
+// Those whose bit is set, zeros else; nothing is touched where it is not.
+#define KERNELS_LOAD_WHERE
+static inline Vec load_where(const float* from, std::uint32_t mask) {
+    return (Vec)_mm512_maskz_loadu_ps(static_cast<__mmask16>(mask), from);
+}
 #elif defined(__AVX2__)
 static inline Int first_lanes(int n) { return Int{0, 1, 2, 3, 4, 5, 6, 7} < n; }
 static inline Vec load_first(const float* from, int n) { return (Vec)_mm256_maskload_ps(from, (__m256i)first_lanes(n)); }

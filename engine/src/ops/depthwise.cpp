@@ -1,12 +1,120 @@
 // SPDX-License-Identifier: Apache-2.0
 #include <algorithm>
+#include <map>
 
 #include "product_step.hpp"
 
 namespace featherweight {
 
-// A depthwise convolution: planes on their own, a few lines at a time so that they stay in the nearest cache.
+namespace {
+
+// Strips of positions, and what of each tap lies inside.
+struct Strips {
+    std::vector<std::vector<Strip>> parts;  // of the plane, for as many threads
+    std::vector<std::uint32_t> masks;
+    std::vector<std::ptrdiff_t> shifts;  // by tap
+};
+
+Strips strips_of(const Geometry& g, int lanes, int parts) {
+    const Spatial &y = g.space[1], &x = g.space[2];
+    Strips made;
+    for (std::int64_t i = 0; i < y.taps; ++i)
+        for (std::int64_t j = 0; j < x.taps; ++j) made.shifts.push_back((i * y.dilation - y.pad) * x.in + j * x.dilation - x.pad);
+    // Where lines of the output lie as those of the input do, a strip may go on over a line's end.
+    const bool over_lines = x.stride == 1 && y.stride == 1 && x.in == x.out;
+    std::map<std::vector<std::uint32_t>, int> known;
+    std::vector<std::uint32_t> masks(made.shifts.size());
+    const auto add = [&](std::vector<Strip>& to, std::int64_t first, int size) {
+        std::fill(masks.begin(), masks.end(), 0u);
+        bool inside = size == lanes;
+        for (int done = 0; done < size;) {
+            const std::int64_t row = (first + done) / x.out, column = (first + done) % x.out;
+            const int here = static_cast<int>(std::min<std::int64_t>(size - done, x.out - column));
+            for (std::int64_t i = 0; i < y.taps; ++i) {
+                const std::int64_t line = row * y.stride + i * y.dilation - y.pad;
+                const bool there = line >= 0 && line < y.in;
+                for (std::int64_t j = 0; j < x.taps; ++j) {
+                    std::uint32_t& mask = masks[static_cast<std::size_t>(i * x.taps + j)];
+                    for (int k = 0; k < here; ++k) {
+                        const std::int64_t at = (column + k) * x.stride + j * x.dilation - x.pad;
+                        if (there && at >= 0 && at < x.in)
+                            mask |= 1u << ((done + k) * x.stride);
+                        else
+                            inside = false;
+                    }
+                }
+            }
+            done += here;
+        }
+        const std::ptrdiff_t from = first / x.out * y.stride * x.in + first % x.out * x.stride;
+        if (inside && !to.empty() && to.back().masks < 0 && to.back().to + to.back().count * lanes == first &&
+            to.back().from + to.back().count * lanes * x.stride == from) {
+            ++to.back().count;
+            return;
+        }
+        int place = -1;
+        if (!inside) {
+            const auto [found, fresh] = known.try_emplace(masks, static_cast<int>(made.masks.size()));
+            if (fresh) made.masks.insert(made.masks.end(), masks.begin(), masks.end());
+            place = found->second;
+        }
+        to.push_back({from, static_cast<std::ptrdiff_t>(first), place, size, 1});
+    };
+    for (int part = 0; part < parts; ++part) {
+        std::vector<Strip>& to = made.parts.emplace_back();
+        const auto bound = [&](int at) { return over_lines ? (g.positions() * at / parts + lanes - 1) / lanes * lanes : y.out * at / parts * x.out; };
+        const std::int64_t end = std::min(bound(part + 1), g.positions());
+        for (std::int64_t first = bound(part); first < end;) {
+            const std::int64_t size = std::min<std::int64_t>({lanes, end - first, over_lines ? lanes : x.out - first % x.out});
+            add(to, first, static_cast<int>(size));
+            first += size;
+        }
+    }
+    return made;
+}
+
+// Large planes are shared out by positions, so that pixels stay with the thread that has them in its cache; small ones whole.
+bool by_position(const Geometry& g, int threads) {
+    constexpr std::int64_t large = 512;  // pixels
+    return g.in.size() == 1 && g.space[1].out >= threads && g.positions() >= large;
+}
+
+void add_strips(Planner& planner, const Geometry& g, int channels, int multiplier, std::ptrdiff_t image_out, const Tensor& weights, const Places& places) {
+    const bool shared = by_position(g, planner.threads());
+    const auto strips = std::make_shared<const Strips>(strips_of(g, planner.kernels().lanes, shared ? planner.threads() : 1));
+    const Finisher finisher = finisher_of(planner.node().finish);
+    const int planes = channels * multiplier, taps = static_cast<int>(g.taps()), stride = static_cast<int>(g.space[2].stride);
+    const double images = static_cast<double>(g.in.size()), work = static_cast<double>(g.positions()) * planes * images;
+    planner.step(
+        planner.node().op + " depthwise", places.touched(),
+        [=, images_in = g.in, channel_step = g.channel_step, positions = static_cast<std::ptrdiff_t>(g.positions())](Frame& frame) {
+            const Finisher bound = places.bound(frame, finisher);
+            const std::int64_t all = static_cast<std::int64_t>(planes) * static_cast<std::int64_t>(images_in.size());
+            const int parts = static_cast<int>(shared ? strips->parts.size() : std::min<std::int64_t>(frame.pool.threads(), all));
+            frame.pool.run(parts, [&](int part) {
+                const std::vector<Strip>& own = strips->parts[shared ? static_cast<std::size_t>(part) : 0];
+                Finisher to = bound;
+                for (std::int64_t at = shared ? 0 : all * part / parts, end = shared ? all : all * (part + 1) / parts; at < end; ++at) {
+                    const std::int64_t image = at / planes, plane = at % planes;
+                    const std::ptrdiff_t begin = image * image_out + plane * positions;
+                    to.out = bound.out + begin;
+                    if (bound.residual != nullptr) to.residual = bound.residual + begin;
+                    frame.kernels.product.depthwise_strips(
+                        frame.at<float>(places.in) + images_in[static_cast<std::size_t>(image)] + plane / multiplier * channel_step, stride, own.data(),
+                        static_cast<int>(own.size()), strips->masks.data(), strips->shifts.data(), weights.as<float>() + plane * taps, taps,
+                        bound.bias != nullptr ? bound.bias[plane] : 0.0f, to);
+                }
+            });
+        },
+        2 * work * taps, 4 * (work + images * channels * static_cast<double>(g.space[1].in * g.space[2].in)));
+}
+
+}  // namespace
+
+// A depthwise convolution: planes on their own, where they lie or a few padded lines at a time that stay in the nearest cache.
 void add_depthwise(Planner& planner, const Geometry& g, int channels, int multiplier, std::ptrdiff_t image_out, const Tensor& weights, Places places) {
+    if (planner.kernels().product.depthwise_strips != nullptr && g.space[2].stride <= 2)
+        return add_strips(planner, g, channels, multiplier, image_out, weights, places);
     const std::int64_t height = g.space[1].out, width = g.space[2].out;
     const int taps = static_cast<int>(g.taps());
     struct Chunk {
@@ -20,10 +128,8 @@ void add_depthwise(Planner& planner, const Geometry& g, int channels, int multip
     constexpr std::int64_t nearest = 4096;  // floats
     const std::int64_t row_cost = (g.space[2].in + 2 * g.space[2].pad) * g.space[1].stride;
     const std::int64_t rows = std::clamp<std::int64_t>(nearest / std::max<std::int64_t>(row_cost, 1), 1, height);
-    // Large planes are shared out by lines, so that pixels stay with the thread that has them in its cache; small ones whole.
-    constexpr std::int64_t large = 512;  // pixels
     const int threads = planner.threads(), images = static_cast<int>(g.in.size());
-    const bool by_line = images == 1 && height >= threads && g.positions() >= large;
+    const bool by_line = by_position(g, threads);
     std::int64_t count_of_chunks = (height + rows - 1) / rows;
     if (by_line) count_of_chunks = (count_of_chunks + threads - 1) / threads * threads;
     auto chunks = std::make_shared<std::vector<Chunk>>();
@@ -64,7 +170,7 @@ void add_depthwise(Planner& planner, const Geometry& g, int channels, int multip
             const Finisher bound = places.bound(frame, finisher);
             const float* in = frame.at<float>(places.in);
             const float* values = weights.as<float>();
-            float* room = frame.at<float>(places.scratch);
+            float* room = frame.at<float>(*places.scratch);
             const std::int64_t all = static_cast<std::int64_t>(planes) * images, pieces = static_cast<std::int64_t>(chunks->size());
             const int parts = static_cast<int>(std::min<std::int64_t>(frame.pool.threads(), by_line ? pieces : all));
             frame.pool.run(parts, [&](int part) {

@@ -151,7 +151,7 @@ void add_batched(Planner& planner, const Batched& b, double scale_flops) {
             own.bias.reset();
             const Finisher bound = own.bound(frame, finisher);
             const float *a = frame.at<float>(b.a), *v = frame.at<float>(b.v);
-            float* scratch = frame.at<float>(places.scratch);
+            float* scratch = frame.at<float>(*places.scratch);
             const int tasks = static_cast<int>(images->size()) * parts;
             const int takers = std::min(frame.pool.threads(), tasks);
             Shares shares(tasks, takers);

@@ -11,9 +11,9 @@ namespace featherweight {
 static constexpr float infinite = std::numeric_limits<float>::infinity();
 
 std::vector<Fact> Places::touched() const {
-    std::vector<Fact> all{in, out, scratch};
-    if (bias) all.push_back(*bias);
-    if (residual) all.push_back(*residual);
+    std::vector<Fact> all{in, out};
+    for (const auto& each : {scratch, bias, residual})
+        if (each) all.push_back(*each);
     return all;
 }
 
@@ -166,7 +166,7 @@ void add_product(Planner& planner, const Geometry& g, int groups, std::ptrdiff_t
         [=](Frame& frame) {
             const Finisher bound = places.bound(frame, finisher);
             const float* in = frame.at<float>(places.in);
-            float* room = frame.at<float>(places.scratch);
+            float* room = frame.at<float>(*places.scratch);
             const int tasks = before.back();
             const int takers = std::min(frame.pool.threads(), tasks);
             Shares shares(tasks, takers);

@@ -13,8 +13,8 @@ namespace featherweight {
 
 // What a step of a product needs at run time.
 struct Places {
-    Fact in, out, scratch;
-    std::optional<Fact> bias, residual;
+    Fact in, out;
+    std::optional<Fact> scratch, bias, residual;
 
     std::vector<Fact> touched() const;
     Finisher bound(const Frame& frame, Finisher finisher) const;  // with pointers
