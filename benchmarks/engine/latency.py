@@ -13,6 +13,7 @@ import os
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
@@ -38,6 +39,8 @@ WAYS = (
     "torch_compile",
     "deepsparse",
 )
+
+REST = 0.1  # seconds
 
 
 class Way:
@@ -141,13 +144,17 @@ def started(starts: Mapping[str, Callable[[Path], Way]]) -> Iterator[tuple[dict[
 
 
 def in_turns(ways: Mapping[str, Way], rounds: int, turn: float) -> dict[str, dict[str, Any]]:
-    """Milliseconds of each: as many calls a turn as take `turn` milliseconds, at least one, round after round."""
+    """Milliseconds of each: as many calls a turn as take `turn` milliseconds, at least one, round after round.
+
+    Before a turn the last one's threads come to rest: they look for work for a while, on processors that the next one needs.
+    """
     calls = {}
     for way, one in ways.items():
         one.run(3, keep=False)
         calls[way] = max(1, round(turn / one.run(3, keep=False)))
     for _ in range(rounds):
         for way, one in ways.items():
+            time.sleep(REST)
             one.run(calls[way])
     return {
         way: {

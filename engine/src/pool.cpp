@@ -12,6 +12,7 @@
 #include <vector>
 
 #include "error.hpp"
+#include "seats.hpp"
 
 #if defined(__x86_64__)
 #include <immintrin.h>
@@ -77,7 +78,7 @@ int Shares::next(int taker) {
 }
 
 struct Pool::State {
-    explicit State(int threads) : shares(threads) {}
+    explicit State(int threads) : shares(threads), seats(threads) {}
 
     std::vector<std::thread> workers;
     std::mutex caller;  // held by whoever has the workers
@@ -86,6 +87,7 @@ struct Pool::State {
     // that comes when it is closed was not needed, and is not waited for: on a busy machine it may come milliseconds late.
     const std::function<void(int)>* work = nullptr;
     Shares shares;
+    Seats seats;
     static constexpr std::uint64_t open = 1 << 16, inside = open - 1;
     std::atomic<std::uint64_t> gate{0};
     static std::uint64_t number(std::uint64_t gate) { return gate / (2 * open); }
@@ -99,6 +101,7 @@ struct Pool::State {
 
     void take(const Pool* pool, int thread) {
         const Within within(pool);
+        seats.sit(thread);
         for (int part; (part = shares.next(thread)) >= 0;) {
             try {
                 (*work)(part);

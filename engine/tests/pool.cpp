@@ -2,6 +2,7 @@
 // The pool under stress. It says nothing where all is well; under ThreadSanitizer it is where races show.
 #include "pool.hpp"
 
+#include <sched.h>
 #include <sys/mman.h>
 #include <sys/resource.h>
 
@@ -10,9 +11,11 @@
 #include <numeric>
 #include <stdexcept>
 #include <thread>
+#include <utility>
 #include <vector>
 
 #include "error.hpp"
+#include "seats.hpp"
 #include "test.hpp"
 
 using namespace featherweight;
@@ -116,6 +119,39 @@ void threads_that_sleep_wake_up() {
     }
 }
 
+#if defined(__linux__)
+void a_thread_leaves_the_processor_of_one_before_it() {
+    cpu_set_t allowed;
+    EXPECT(sched_getaffinity(0, sizeof allowed, &allowed) == 0);
+    if (CPU_COUNT(&allowed) < 2) return;
+    int first = 0;
+    while (!CPU_ISSET(first, &allowed)) ++first;
+    cpu_set_t one;
+    CPU_ZERO(&one);
+    CPU_SET(first, &one);
+    Seats seats(2);
+    const auto sit = [&](int thread) {  // beginning on that processor, free to leave it
+        EXPECT(sched_setaffinity(0, sizeof one, &one) == 0 && sched_setaffinity(0, sizeof allowed, &allowed) == 0);
+        const bool there = sched_getcpu() == first;
+        seats.sit(thread);
+        const int now = sched_getcpu();
+        cpu_set_t may;
+        EXPECT(sched_getaffinity(0, sizeof may, &may) == 0 && CPU_EQUAL(&may, &allowed));
+        return std::pair(there, now);
+    };
+    for (int round = 0; round < 10; ++round) {
+        const auto [lower_there, lower] = sit(0);
+        std::pair<bool, int> higher;
+        std::thread([&] { higher = sit(1); }).join();
+        if (lower_there && higher.first && lower == first) {
+            EXPECT(higher.second != first);
+            return;
+        }
+        std::this_thread::sleep_for(std::chrono::milliseconds(10));  // the system moved one of them meanwhile
+    }
+}
+#endif
+
 #if !SANITIZED
 void a_pool_that_cannot_start_leaves_nothing_behind() {
     rlimit before{};
@@ -147,6 +183,9 @@ int main() {
     callers_get_their_own_exceptions();
     a_part_may_not_ask_for_a_region_of_its_own_pool();
     threads_that_sleep_wake_up();
+#if defined(__linux__)
+    a_thread_leaves_the_processor_of_one_before_it();
+#endif
 #if !SANITIZED
     a_pool_that_cannot_start_leaves_nothing_behind();
 #endif
