@@ -13,6 +13,7 @@ import torch
 from benchmarks.engine import distilled, pareto, pareto_plot
 from benchmarks.reconstruct import data
 from benchmarks.reconstruct.subjects import Subject
+from benchmarks.results import read
 from onnx import numpy_helper
 from torch import nn
 
@@ -64,9 +65,9 @@ def zeros(path: Path) -> list[float]:
 
 def test_files_have_the_zeros_that_rows_claim_and_a_run_that_was_cut_off_goes_on(folder: Path) -> None:
     run("prune", folder, "--zeros", "0.5")
-    first = pareto.rows(folder, "pareto")
+    first = read(folder / "pareto.jsonl")
     run("prune", folder, "--zeros", "0.5", "0.75")
-    rows = pareto.rows(folder, "pareto")
+    rows = read(folder / "pareto.jsonl")
     assert rows[: len(first)] == first
     assert [(row["method"], row["zeros"]) for row in rows] == [
         ("dense", 0.0), ("int8", 0.0), ("after training", 0.5), ("gradual", 0.5), ("after training", 0.75), ("gradual", 0.75)
@@ -128,7 +129,7 @@ def test_pieces_of_a_tone_become_frames_of_the_tone_at_another_speed() -> None:
 def test_every_file_is_timed_against_what_onnx_runtime_answers_and_drawn(folder: Path) -> None:
     run("prune", folder, "--zeros", "0.5", "--methods", "int8", "after training")
     run("latency", folder, "--rounds", "2", "--turn", "1", "--stock", "0.5", "--threads", "1")
-    [row] = pareto.rows(folder, "pareto_latency")
+    [row] = read(folder / "pareto_latency.jsonl")
     assert row["inputs"] == [[1, 12]]
     found = {(way["runtime"], way["file"].split("-", 1)[1]): way for way in row["ways"]}
     expected = [*((r, f) for r in ("engine", "onnxruntime", "openvino") for f in ("dense-0.onnx", "after-training-0.5.onnx")),

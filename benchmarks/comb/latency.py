@@ -23,6 +23,7 @@ from benchmarks.comb.runs import Setting, found
 from benchmarks.comb.tasks import work
 from benchmarks.comb.train import dense
 from benchmarks.reconstruct.data import cache
+from benchmarks.results import last
 from featherweight.deploy import INTEGER_RUNTIMES, session
 from featherweight.measure import compare, machine_facts, time_callables
 
@@ -95,8 +96,8 @@ def exported(model: nn.Module, name: str, x: torch.Tensor) -> Path:
 
 def write() -> None:
     order = [*NETWORKS]
-    latest = {(row["network"], row["runtime"], row["keep"]): row for row in there("latency")}
-    rows = sorted(latest.values(), key=lambda row: (order.index(row["network"]), row["runtime"], -row["keep"]))
+    latest = last(there("latency"), "network", "runtime", "keep")
+    rows = sorted(latest, key=lambda row: (order.index(row["network"]), row["runtime"], -row["keep"]))
     columns = {
         "network": lambda row: row["network"],
         "runtime": lambda row: {"onnxruntime": "ONNX Runtime", "openvino": "OpenVINO"}[row["runtime"]],

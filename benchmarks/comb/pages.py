@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,26 +11,20 @@ import matplotlib as mpl
 import matplotlib.pyplot as plt
 from matplotlib.figure import Figure
 
+from benchmarks import pages
 from benchmarks.comb.results import Row
 from benchmarks.gradual.plot import STYLE
+from benchmarks.pages import DOCS
 
-DOCS = Path(__file__).parents[2] / "docs"
 Columns = dict[str, Callable[[Any], str]]
 
 
 def table(columns: Columns, rows: Sequence[Any]) -> str:
-    cells = [list(columns), ["---"] * len(columns), *([cell(row) for cell in columns.values()] for row in rows)]
-    return "\n".join(f"| {' | '.join(line)} |" for line in cells)
+    return pages.table(list(columns), ([cell(row) for cell in columns.values()] for row in rows))
 
 
-def put(name: str, body: str, page: Path | None = None) -> None:
-    """Writes a table that has a row into the page, where the page has its marks."""
-    page = page or DOCS / "comb.md"
-    if not page.exists() or body.count("\n") < 2:
-        return
-    text = page.read_text(encoding="utf-8")
-    pattern = rf"(<!-- {re.escape(name)} -->\n).*?(<!-- end -->)"
-    page.write_text(re.sub(pattern, lambda m: f"{m[1]}\n{body}\n\n{m[2]}", text, flags=re.DOTALL), encoding="utf-8")
+def put(name: str, body: str) -> None:
+    pages.put(name, body, DOCS / "comb.md")
 
 
 def picture(name: str, draw: Callable[[], Figure], folder: Path | None = None) -> Path:

@@ -9,7 +9,9 @@ from typing import Any
 import numpy as np
 from tests.graph.patterns import MEASURED, PATTERNS
 
+from benchmarks import pages
 from benchmarks.comb.pages import table
+from benchmarks.results import Row
 
 NETWORKS = [
     "alexnet",
@@ -43,8 +45,6 @@ NETWORKS = [
 ]
 TOOLS = ("torch-pruning", "featherweight")
 
-Row = dict[str, Any]
-
 INTRODUCTION = """
 `python -m benchmarks.comb.peers`: half of all channels cut by Torch-Pruning 1.6.1 and by featherweight out of the same
 networks, one thread, 90 s each. The judge is one for both: the uncut network in float64, run with what is gone absent from
@@ -76,9 +76,8 @@ def page(rows: Mapping[str, Row]) -> str:
             counts = [str(sum(row["verdict"] == verdict for row in found)) for verdict in verdicts]
             times = [row["seconds"] for row in found if "seconds" in row]
             lines.append([title, tool, *counts, f"{np.median(times):.2f}" if times else ""])
-    columns = {title: (lambda line, i=i: line[i]) for i, title in enumerate(head)}
     return "\n\n".join(
-        [INTRODUCTION, table(columns, lines), details(rows, sets[f"{len(NETWORKS)} networks"]), differences(rows)]
+        [INTRODUCTION, pages.table(head, lines), details(rows, sets[f"{len(NETWORKS)} networks"]), differences(rows)]
     )
 
 

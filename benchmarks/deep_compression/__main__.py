@@ -9,11 +9,9 @@ Fraunhofer's nncodec (`pip install nncodec` in an environment of its own) to com
 from __future__ import annotations
 
 import argparse
-import json
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -23,10 +21,12 @@ from benchmarks.deep_compression.networks import NETWORKS
 from benchmarks.deep_compression.pretrained import SPARSITY, WAYS, measure
 from benchmarks.deep_compression.settings import SETTINGS
 from benchmarks.deep_compression.training import dense
+from benchmarks.pages import DOCS
+from benchmarks.results import Row, add, read
 from featherweight.measure import machine_facts
 
 RESULTS = Path(__file__).parent / "results"
-PAGE = Path(__file__).parents[2] / "docs" / "deep-compression.md"
+PAGE = DOCS / "deep-compression.md"
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -61,7 +61,7 @@ def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 def _compress(options: argparse.Namespace) -> None:
     path = options.results / "runs.jsonl"
-    there = {(row["network"], row["name"], row["split"], row["seed"]) for row in _rows(path)}
+    there = {(row["network"], row["name"], row["split"], row["seed"]) for row in read(path)}
     for seed in range(options.seeds):
         for setting in SETTINGS:
             wanted = setting.network in options.networks and options.only in setting.name
@@ -74,7 +74,7 @@ def _compress(options: argparse.Namespace) -> None:
 
 def _pretrained(options: argparse.Namespace) -> None:
     path = options.results / "pretrained.jsonl"
-    there = {(row["subject"], row["way"]) for row in _rows(path)}
+    there = {(row["subject"], row["way"]) for row in read(path)}
     for name in options.subjects:
         for way in WAYS:
             if options.only in way and (name, way) not in there:
@@ -83,19 +83,12 @@ def _pretrained(options: argparse.Namespace) -> None:
                 print(f"{name}, {way}: {_size(row)}, {row['metric']} {row['dense']:.4f} -> {row['compressed']:.4f}, {row['seconds']} s", flush=True)  # fmt: skip
 
 
-def _size(row: dict[str, Any]) -> str:
+def _size(row: Row) -> str:
     return f"{row['sizes']['file']} bytes, {row['sizes']['dense'] / row['sizes']['file']:.1f}x"
 
 
-def _rows(path: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
-
-
-def _add(path: Path, row: dict[str, Any]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    facts = {"load_average": round(os.getloadavg()[0], 1), "machine": machine_facts()}
-    with path.open("a") as file:
-        file.write(json.dumps(row | facts) + "\n")
+def _add(path: Path, row: Row) -> None:
+    add(path, row | {"load_average": round(os.getloadavg()[0], 1), "machine": machine_facts()})
 
 
 if __name__ == "__main__":

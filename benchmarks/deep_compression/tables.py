@@ -1,37 +1,22 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The tables of docs/deep-compression.md from results, between their marks in the page, so that no figure is copied by hand."""
+"""The tables of docs/deep-compression.md from results."""
 
 from __future__ import annotations
 
-import json
-import re
 import statistics
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any
 
 from benchmarks.gradual.paired import drop
+from benchmarks.pages import put, table
+from benchmarks.results import Row, read
 
-Row = dict[str, Any]
 TITLES = {"lenet_300_100": "LeNet-300-100", "lenet_5": "LeNet-5"}
 
 
 def write(results: Path, page: Path) -> None:
-    """Puts each table that there are results for between `<!-- NAME -->` and `<!-- end -->`."""
-    text = page.read_text(encoding="utf-8")
     for name, (file, make) in TABLES.items():
-        path = results / file
-        found = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
-        if found:
-            put = re.compile(rf"(<!-- {name} -->\n).*?(<!-- end -->)", re.DOTALL)
-            body = make(found)
-            text = put.sub(lambda marks: marks[1] + "\n" + body + "\n\n" + marks[2], text, count=1)  # noqa: B023
-    page.write_text(text, encoding="utf-8")
-
-
-def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    cells = [head, ["---"] * len(head), *rows]
-    return "\n".join(f"| {' | '.join(line)} |" for line in cells)
+        put(name, make(read(results / file)), page)
 
 
 def groups(rows: list[Row]) -> list[list[Row]]:

@@ -25,6 +25,7 @@ import onnx
 
 from benchmarks.engine import files
 from benchmarks.engine.networks import NETWORKS
+from benchmarks.results import add
 from featherweight.measure import machine_facts
 
 RESULTS = Path(__file__).parent / "results"
@@ -205,13 +206,11 @@ def main() -> None:
     parser.add_argument("--deepsparse", type=Path, help="an interpreter that has DeepSparse 1.8")
     parser.add_argument("--results", type=Path, default=RESULTS)
     options = parser.parse_args()
-    options.results.mkdir(parents=True, exist_ok=True)
     for name in options.networks or NETWORKS:
         for sparsity in options.sparsity or NETWORKS[name].sparsities:
             for batch in options.batch:
                 row = measure(name, sparsity, batch, options)
-                with (options.results / "latency.jsonl").open("a") as file:
-                    file.write(json.dumps(row) + "\n")
+                add(options.results / "latency.jsonl", row)
                 shown = {
                     way: round(facts["median_ms"], 2) for way, facts in row["ways"].items() if "median_ms" in facts
                 }

@@ -25,10 +25,11 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 import featherweight as fw
-from benchmarks.comb.pages import put
 from benchmarks.engine import distilled, files, pareto_plot
 from benchmarks.engine.latency import Way, in_turns, started
+from benchmarks.pages import DOCS, put
 from benchmarks.reconstruct.subjects import SUBJECTS, Subject, difference
+from benchmarks.results import Row, add, read
 from featherweight import deploy
 from featherweight.measure import machine_facts
 
@@ -43,20 +44,22 @@ SOLVERS: dict[str, dict[str, Any]] = {
     "crepe_full": {"solver": "admm"},
 }
 METHODS = ("int8", "after training", "gradual")
-Row = dict[str, Any]
+SHOWN = ("subject", "method", "zeros", "metric", "change", "low", "high", "seconds", "processor_seconds")
 
 
 def prune(options: argparse.Namespace) -> None:
     """The rows that are missing, one subject after the other: dense and integers, after training, gradually."""
     for name in options.subjects:
         subject = SUBJECTS[name]()
-        done = {(row["subject"], row["method"], row["zeros"]) for row in rows(options.results, "pareto")}
+        done = {(row["subject"], row["method"], row["zeros"]) for row in read(options.results / "pareto.jsonl")}
         dense = kept_rows(subject)
         np.savez(example_file(name), *example(subject))
         for method in ("dense", *options.methods):
             for row in MADE[method](subject, dense, lambda *key, done=done: key in done, options):
                 facts = {"threads": options.threads, "load_average": round(os.getloadavg()[0], 1)}
-                add(options.results, "pareto", {"subject": name, **row, **facts, "machine": machine_facts()})
+                row = {"subject": name, **row, **facts, "machine": machine_facts()}
+                add(options.results / "pareto.jsonl", row)
+                print(json.dumps({key: row[key] for key in SHOWN if key in row}), flush=True)
 
 
 def kept_rows(subject: Subject) -> np.ndarray:
@@ -206,7 +209,7 @@ def latency(options: argparse.Namespace) -> None:
     for name in options.subjects:
         with np.load(example_file(name)) as saved:
             arrays = [saved[key] for key in saved.files]
-        made = {row["file"]: row for row in rows(options.results, "pareto") if row["subject"] == name}
+        made = {row["file"]: row for row in read(options.results / "pareto.jsonl") if row["subject"] == name}
         ways: dict[str, tuple[str, Path]] = {}
         for row in made.values():
             path = file(name, row["method"], row["zeros"])
@@ -224,7 +227,7 @@ def latency(options: argparse.Namespace) -> None:
         shapes = [list(array.shape) for array in arrays]
         facts = {"threads": options.threads, "load_average": round(os.getloadavg()[0], 1)}
         row = {"subject": name, "inputs": shapes, "ways": [*told.values()], **facts, "machine": machine_facts()}
-        add(options.results, "pareto_latency", row)
+        add(options.results / "pareto_latency.jsonl", row)
         for way in row["ways"]:
             print(f"{way['runtime']:14} {way['file']:40} {way.get('median_ms', way.get('refused'))}", flush=True)
 
@@ -244,8 +247,8 @@ def expected(path: Path, arrays: list[np.ndarray[Any, Any]]) -> list[np.ndarray[
 
 def plot(options: argparse.Namespace) -> None:
     """The picture, and the table between its marks in docs/engine.md where the page has them."""
-    found = [pareto_plot.Panel.of(name, *(rows(options.results, kind) for kind in ("pareto", "pareto_latency")))
-             for name in options.subjects]  # fmt: skip
+    rows, timed = (read(options.results / f"{kind}.jsonl") for kind in ("pareto", "pareto_latency"))
+    found = [pareto_plot.Panel.of(name, rows, timed) for name in options.subjects]
     panels = [panel for panel in found if panel is not None]
     if not panels:
         raise SystemExit("Nothing to draw: `latency` has timed no subject that `prune` has a row of.")
@@ -262,19 +265,6 @@ def seconds(begin: tuple[float, float]) -> dict[str, float]:
     }
 
 
-def rows(folder: Path, name: str) -> list[Row]:
-    path = folder / f"{name}.jsonl"
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
-
-
-def add(folder: Path, name: str, row: Row) -> None:
-    folder.mkdir(parents=True, exist_ok=True)
-    with (folder / f"{name}.jsonl").open("a") as opened:
-        opened.write(json.dumps(row) + "\n")
-    shown = ("subject", "method", "zeros", "metric", "change", "low", "high", "seconds", "processor_seconds")
-    print(json.dumps({key: row[key] for key in shown if key in row}), flush=True)
-
-
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.engine.pareto", description=__doc__)
     parser.add_argument("action", choices=[*ACTIONS])
@@ -285,7 +275,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--stock", type=float, default=0.9, help="the share of zeros that stock runtimes are timed at")
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--turn", type=float, default=100, help="milliseconds of one runtime's turn")
-    parser.add_argument("--docs", type=Path, default=RESULTS.parents[2] / "docs")
+    parser.add_argument("--docs", type=Path, default=DOCS)
     parser.add_argument("--results", type=Path, default=RESULTS)
     options = parser.parse_args(arguments)
     options.subjects = options.subjects or [*SOLVERS]

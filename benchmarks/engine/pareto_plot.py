@@ -12,13 +12,14 @@ import matplotlib as mpl
 import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
 
+from benchmarks import pages
 from benchmarks.gradual.plot import BLUE, GREEN, GREY, ORANGE, STYLE
+from benchmarks.results import Row
 
 TITLES = {"crepe_tiny": "CREPE tiny", "crepe_full": "CREPE full", "minilm": "MiniLM-L6"}
 LINES = {"after training": (BLUE, "o"), "gradual": (GREEN, "s")}
 COLUMNS = {"engine": "engine", "onnxruntime": "ONNX Runtime", "openvino": "OpenVINO", "openvino_bf16": "OpenVINO bf16"}
 STOCK = {"onnxruntime": (ORANGE, "ONNX Runtime"), "openvino": ("#cc79a7", "OpenVINO")}
-Row = dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -122,7 +123,7 @@ def table(panels: Sequence[Panel]) -> str:
     """A line a file: the metric, the milliseconds, and how much faster than the fastest stock runtime in dense float32."""
     head = ["network", "", "zeros", "metric", "difference [95 %]", *(f"{title}, ms" for title in COLUMNS.values())]
     head += ["over the fastest dense float32", "minutes to make"]
-    lines = [f"| {' | '.join(head)} |", "|" + " --- |" * len(head)]
+    rows = []
     for panel in panels:
         for row in sorted(panel.rows, key=lambda row: ([*ORDER].index(row["method"]), row["zeros"])):
             ms = {runtime: panel.milliseconds.get((runtime, row["file"])) for runtime in COLUMNS}
@@ -138,8 +139,8 @@ def table(panels: Sequence[Panel]) -> str:
                 f"{panel.fastest / ms['engine']:.2f}x" if ms["engine"] else "",
                 f"{row['processor_seconds'] / 60:.1f}" if "processor_seconds" in row else "",
             ]
-            lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join(lines)
+            rows.append(cells)
+    return pages.table(head, rows)
 
 
 ORDER = {

@@ -8,9 +8,7 @@ and from the second-level cache. A line of results/roofline.jsonl is one step of
 from __future__ import annotations
 
 import argparse
-import json
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -18,6 +16,7 @@ import featherweight as fw
 import featherweight_engine as core
 from benchmarks.engine import files
 from benchmarks.engine.networks import NETWORKS
+from benchmarks.results import Row, add
 
 RESULTS = Path(__file__).parent / "results"
 FLOAT = 4  # bytes
@@ -35,7 +34,7 @@ def roofs(how: str, flops: float, moved: float, peak: tuple[float, float, float]
     return made
 
 
-def measure(name: str, sparsity: float, threads: int, runs: int) -> list[dict[str, Any]]:
+def measure(name: str, sparsity: float, threads: int, runs: int) -> list[Row]:
     engine = fw.engine.load(files.plain(name, sparsity), threads=threads)
     arrays = [tensor.numpy() for tensor in NETWORKS[name].inputs(1)]
     inputs = {port.name: np.ascontiguousarray(array) for port, array in zip(engine.inputs, arrays, strict=True)}
@@ -79,13 +78,12 @@ def main() -> None:
     parser.add_argument("--runs", type=int, default=40)
     parser.add_argument("--results", type=Path, default=RESULTS)
     options = parser.parse_args()
-    options.results.mkdir(parents=True, exist_ok=True)
     for name in options.networks:
         shares = NETWORKS[name].sparsities
         sparsity = options.sparsity if options.sparsity is not None else shares[len(shares) // 2]
         rows = measure(name, sparsity, options.threads, options.runs)
-        with (options.results / "roofline.jsonl").open("a") as file:
-            file.writelines(json.dumps(row) + "\n" for row in rows)
+        for row in rows:
+            add(options.results / "roofline.jsonl", row)
         print(f"{name} {sparsity}: {len(rows)} steps, {sum(row['microseconds'] for row in rows) / 1e3:.2f} ms")
 
 

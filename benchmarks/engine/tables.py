@@ -3,16 +3,13 @@
 
 from __future__ import annotations
 
-import json
-import re
 from pathlib import Path
-from typing import Any
 
 from benchmarks.engine.networks import NETWORKS
+from benchmarks.pages import DOCS, put, table
+from benchmarks.results import Row, last, read
 
 RESULTS = Path(__file__).parent / "results"
-PAGE = Path(__file__).parents[2] / "docs" / "engine.md"
-Row = dict[str, Any]
 DENSE = ("onnxruntime", "openvino", "torch", "torch_compile")  # that compute in float32, zeros and all
 COLUMNS = {
     "onnxruntime": "ONNX Runtime",
@@ -27,21 +24,15 @@ COLUMNS = {
 
 
 def main() -> None:
-    text = PAGE.read_text(encoding="utf-8")
     for name, body in (("latency", latency()), ("memory", memory()), ("roofline", roofline())):
-        if body:
-            pattern = rf"(<!-- {name} -->\n).*?(<!-- end -->)"
-            text = re.sub(pattern, lambda m, body=body: f"{m[1]}\n{body}\n\n{m[2]}", text, count=1, flags=re.DOTALL)
-    PAGE.write_text(text, encoding="utf-8")
+        put(name, body, DOCS / "engine.md")
 
 
 def lines(name: str, *keys: str, results: Path = RESULTS) -> list[Row]:
     """Rows of an experiment, the last one by each key, as the networks are listed."""
-    path = results / f"{name}.jsonl"
-    found = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
-    last = {tuple(row[key] for key in keys): row for row in found}
+    found = last(read(results / f"{name}.jsonl"), *keys)
     order = list(NETWORKS)
-    return sorted(last.values(), key=lambda row: (row.get("batch", 1), order.index(row["network"]), row["sparsity"]))
+    return sorted(found, key=lambda row: (row.get("batch", 1), order.index(row["network"]), row["sparsity"]))
 
 
 def latency(results: Path = RESULTS) -> str:
@@ -96,14 +87,6 @@ def roofline(results: Path = RESULTS) -> str:
     ]
     head = ["network", "node", "how", "µs", "GF/s", "of FMA peak", "of memory's rate", "limited by", "reached"]
     return table(head, rows, text=3)
-
-
-def table(head: list[str], rows: list[list[str]], text: int) -> str:
-    """Markdown; the first `text` columns to the left, numbers to the right."""
-    if not rows:
-        return ""
-    marks = ["---"] * text + ["---:"] * (len(head) - text)
-    return "\n".join("| " + " | ".join(cells) + " |" for cells in [head, marks, *rows])
 
 
 if __name__ == "__main__":

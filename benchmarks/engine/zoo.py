@@ -28,9 +28,10 @@ from torch import nn
 
 from benchmarks.engine import files
 from benchmarks.engine.networks import NETWORKS
+from benchmarks.pages import DOCS, put, table
+from benchmarks.results import read
 
 RESULTS = Path(__file__).parent / "results" / "zoo.jsonl"
-PAGE = Path(__file__).parents[2] / "docs" / "engine.md"
 TOLERANCE = 1e-4
 ZEROS = 0.8
 _LAYERS = {"Conv", "ConvTranspose", "Gemm", "MatMul"}
@@ -47,11 +48,7 @@ def main() -> None:
     options = parser.parse_args()
     os.environ |= {"TRANSFORMERS_OFFLINE": "1", "TRANSFORMERS_VERBOSITY": "error", "PYTHONWARNINGS": "ignore"}
     everything = [each.label for each in architectures()] + [f"benchmark {name}" for name in NETWORKS]
-    lines = (
-        {facts["network"]: facts for facts in map(json.loads, RESULTS.read_text().splitlines())}
-        if RESULTS.exists()
-        else {}
-    )
+    lines = {facts["network"]: facts for facts in read(RESULTS)}
     todo = options.labels or [label for label in everything if options.again or label not in lines]
     for label in todo:
         start = time.perf_counter()
@@ -187,10 +184,7 @@ def _difference(found: Mapping[str, np.ndarray], expected: Mapping[str, np.ndarr
 def _write(lines: list[Facts]) -> None:
     RESULTS.parent.mkdir(exist_ok=True)
     RESULTS.write_text("".join(f"{json.dumps(facts)}\n" for facts in lines), encoding="utf-8")
-    if PAGE.exists():
-        body = lambda marks: f"{marks[1]}\n{page(lines)}\n\n{marks[2]}"  # noqa: E731
-        text = re.sub(r"(<!-- zoo -->\n).*?(<!-- end -->)", body, PAGE.read_text(), flags=re.DOTALL)
-        PAGE.write_text(text, encoding="utf-8")
+    put("zoo", page(lines), DOCS / "engine.md")
 
 
 def page(lines: list[Facts]) -> str:
@@ -200,16 +194,13 @@ def page(lines: list[Facts]) -> str:
     whole = [facts for facts in told if facts["whole"]]
     close = [facts for facts in told if facts["error"] <= TOLERANCE]
     largest = max(told, key=lambda facts: facts["error"])
-    rows = [
+    said = [
         f"{len(exported)} networks ({len(lines) - len(exported)} more do not export): {len(whole)} wholly in the engine, "
         f"{len(told) - len(whole)} split; {len(close)} within {TOLERANCE:g} of ONNX Runtime, the largest difference "
         f"{largest['error']:.1e} ({largest['network']}).",
         *(f"Not run: {facts['network']} ({facts['failed']})." for facts in exported if "failed" in facts),
-        "",
-        "| networks | nodes in ONNX Runtime, and why | largest difference |",
-        "| --- | --- | --- |",
-        f"| {len(whole)} | none | {max((facts['error'] for facts in whole), default=0.0):.1e} |",
     ]
+    rows = [[str(len(whole)), "none", f"{max((facts['error'] for facts in whole), default=0.0):.1e}"]]
     groups: dict[str, list[Facts]] = {}
     for facts in told:
         reasons = {why: ops for why, ops in facts["handed_over"].items() if "matrix product" not in why}
@@ -218,8 +209,8 @@ def page(lines: list[Facts]) -> str:
             groups.setdefault(listed, []).append(facts)
     for listed, alike in sorted(groups.items(), key=lambda group: -len(group[1])):
         names = ", ".join(facts["network"] for facts in alike)
-        rows.append(f"| {names} | {listed} | {max(facts['error'] for facts in alike):.1e} |")
-    return "\n".join(rows)
+        rows.append([names, listed, f"{max(facts['error'] for facts in alike):.1e}"])
+    return "\n".join([*said, "", table(["networks", "nodes in ONNX Runtime, and why", "largest difference"], rows)])
 
 
 if __name__ == "__main__":

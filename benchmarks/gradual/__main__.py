@@ -16,10 +16,10 @@ from benchmarks.gradual.packed import packed
 from benchmarks.gradual.plot import PICTURES, draw
 from benchmarks.gradual.tables import write
 from benchmarks.gradual.trained import accuracy, dip, small
+from benchmarks.pages import DOCS
 from featherweight.measure import machine_facts
 
 RESULTS = Path(__file__).parent / "results"
-DOCS = Path(__file__).parents[2] / "docs"
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -1,29 +1,22 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The tables of docs/gradual-pruning.md, written between their marks in the page, so that no figure is copied by hand."""
+"""The tables of docs/gradual-pruning.md from results."""
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+
+from benchmarks.pages import put, table
 
 Results = dict[str, Any]
 
 
 def write(results: dict[str, Results], page: Path) -> None:
-    """Puts each table that there are results for between `<!-- NAME -->` and `<!-- end -->`."""
-    text = page.read_text(encoding="utf-8")
     for name, columns in TABLES.items():
         if name in results:
-            body = _table(columns, results[name]["runs" if name == "dip" else "rows"])
-            text = re.sub(rf"(<!-- {name} -->\n).*?(<!-- end -->)", rf"\g<1>\n{body}\n\n\g<2>", text, flags=re.DOTALL)
-    page.write_text(text, encoding="utf-8")
-
-
-def _table(columns: dict[str, Callable[[Results], str]], rows: list[Results]) -> str:
-    cells = [list(columns), ["---"] * len(columns), *([cell(row) for cell in columns.values()] for row in rows)]
-    return "\n".join(f"| {' | '.join(line)} |" for line in cells)
+            rows = results[name]["runs" if name == "dip" else "rows"]
+            put(name, table(list(columns), ([cell(row) for cell in columns.values()] for row in rows)), page)
 
 
 def _share(key: str, unit: str = " %", digits: int = 1) -> Callable[[Results], str]:

@@ -24,13 +24,13 @@ from torch import nn
 
 import featherweight as fw
 from benchmarks.reconstruct.subjects import SUBJECTS, Subject, difference
+from benchmarks.results import Row, add, read
 from featherweight import deploy, measure
 from featherweight.deploy import INTEGER_RUNTIMES, calibration_inputs, session
 from featherweight.errors import FeatherweightError
 
 RESULTS = Path(__file__).parent / "results"
 BITS = (8, 6, 4, 3, 2)
-Row = dict[str, Any]
 Method = Callable[[int], Any]
 ROUNDINGS: dict[str, Method] = {
     "nearest": lambda bits: fw.Quantize(bits),
@@ -47,14 +47,11 @@ def main() -> None:
     parser.add_argument("--runs", type=int, default=50, help="calls of each file that are timed")
     parser.add_argument("--results", type=Path, default=RESULTS)
     options = parser.parse_args()
-    options.results.mkdir(parents=True, exist_ok=True)
     path = options.results / f"{options.experiment}.jsonl"
-    there = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
-    done = {(row["subject"], row["way"], row["bits"]) for row in there}
+    done = {(row["subject"], row["way"], row["bits"]) for row in read(path)}
     for row in EXPERIMENTS[options.experiment](options, done):
         row |= {"load_average": round(os.getloadavg()[0], 1), "machine": measure.machine_facts()}
-        with path.open("a") as file:
-            file.write(json.dumps(row) + "\n")
+        add(path, row)
         print(json.dumps(row), flush=True)
 
 

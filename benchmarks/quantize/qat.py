@@ -24,12 +24,13 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, relu
 
 import featherweight as fw
+from benchmarks import pages
 from benchmarks.gradual.data import Split, as_input, batches, load
 from benchmarks.gradual.paired import drop
+from benchmarks.results import Row, add, read
 from featherweight.digits import digits
 
 RESULTS = Path(__file__).parent / "results" / "qat.jsonl"
-Row = dict[str, Any]
 SIZE = 64
 
 
@@ -237,36 +238,29 @@ def measured(setting: Setting) -> Row:
     }
 
 
-def rows() -> list[Row]:
-    """What has been measured."""
-    return [json.loads(line) for line in RESULTS.read_text().splitlines()] if RESULTS.exists() else []
-
-
 def of(row: Row) -> Setting:
     return Setting(**{field.name: row[field.name] for field in dataclasses.fields(Setting)})
 
 
 def table() -> str:
     """Accuracy of each, and the points that it lost against the dense network trained on, paired, with 95 % intervals."""
-    found = {of(row): row for row in rows()}
-    lines = [
-        "| network | bits of weights / activations | rounded after training | trained on the grids |",
-        "|---|---|---|---|",
-    ]
+    found = {of(row): row for row in read(RESULTS)}
+    rows = []
     for network in TRAINING:
         control = found.get(Setting(network, "dense"))
         if control is None:
             continue
-        lines.append(f"| {network} | 32 / 32 | {100 * control['accuracy']:.2f} % | |")
+        rows.append([network, "32 / 32", f"{100 * control['accuracy']:.2f} %", ""])
         for bits in BITS:
             cells = [_cell(control, found.get(Setting(network, method, *bits))) for method in ("ptq", "qat")]
-            lines.append(f"| {network} | {bits[0]} / {bits[1]} | {cells[0]} | {cells[1]} |")
-    return "\n".join(lines)
+            rows.append([network, f"{bits[0]} / {bits[1]}", *cells])
+    head = ["network", "bits of weights / activations", "rounded after training", "trained on the grids"]
+    return pages.table(head, rows)
 
 
 def others() -> str:
     """The same network trained with one option changed."""
-    found = {of(row): row for row in rows()}
+    found = {of(row): row for row in read(RESULTS)}
     control = found[Setting("resnet", "dense")]
     ways: dict[str, dict[str, Any]] = {
         "as it comes": {},
@@ -276,11 +270,11 @@ def others() -> str:
         "beside a teacher (`KL`)": {"distill": True},
     }
     bits = ((8, 8), (4, 4), (2, 4))
-    lines = [f"| | {' | '.join(f'{w} / {a}' for w, a in bits)} |", "|---|---|---|---|"]
+    rows = []
     for name, other in ways.items():
         cells = [_cell(control, found.get(dataclasses.replace(Setting("resnet", "qat", *b), **other))) for b in bits]
-        lines.append(f"| {name} | {' | '.join(cells)} |")
-    return "\n".join(lines)
+        rows.append([name, *cells])
+    return pages.table(["", *(f"{w} / {a}" for w, a in bits)], rows)
 
 
 def _cell(control: Row, row: Row | None) -> str:
@@ -299,14 +293,12 @@ def main() -> None:
         print(table(), others(), sep="\n\n")
         return
     torch.set_num_threads(1)
-    done = {of(row) for row in rows()}
+    done = {of(row) for row in read(RESULTS)}
     for setting in SETTINGS:
         if setting in done or (given.networks and setting.network not in given.networks):
             continue
         row = measured(setting)
-        RESULTS.parent.mkdir(parents=True, exist_ok=True)
-        with RESULTS.open("a") as file:
-            file.write(json.dumps(row) + "\n")
+        add(RESULTS, row)
         print(json.dumps({key: value for key, value in row.items() if key != "right"}), flush=True)
 
 

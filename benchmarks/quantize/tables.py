@@ -3,33 +3,24 @@
 
 from __future__ import annotations
 
-import json
-import re
 from pathlib import Path
-from typing import Any
 
+from benchmarks.pages import DOCS, put, table
 from benchmarks.quantize.networks import BITS, RESULTS
+from benchmarks.results import Row, last, read
 
-PAGE = Path(__file__).parents[2] / "docs" / "quantize.md"
-Row = dict[str, Any]
 # Metrics that are shares are told in points; a perplexity in its own units.
 _UNITS = {True: 100.0, False: 1.0}
 
 
 def main() -> None:
-    text = PAGE.read_text(encoding="utf-8")
     for name, body in (("weights", weights()), ("integers", integers()), ("latency", latency())):
-        if body:
-            pattern = rf"(<!-- {name} -->\n).*?(<!-- end -->)"
-            text = re.sub(pattern, lambda m, body=body: f"{m[1]}\n{body}\n\n{m[2]}", text, count=1, flags=re.DOTALL)
-    PAGE.write_text(text, encoding="utf-8")
+        put(name, body, DOCS / "quantize.md")
 
 
 def lines(name: str, results: Path = RESULTS) -> list[Row]:
     """Rows of an experiment, the last one of each network, way and number of bits."""
-    path = results / f"{name}.jsonl"
-    found = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
-    return list({(row["subject"], row["way"], row["bits"]): row for row in found}.values())
+    return last(read(results / f"{name}.jsonl"), "subject", "way", "bits")
 
 
 def weights(results: Path = RESULTS) -> str:
@@ -91,10 +82,6 @@ def worse(row: Row) -> bool:
     if row["higher_is_better"]:
         return bool(row["low"] * unit(row) < -0.5)
     return bool(row["high"] > 0.005 * row["dense"])
-
-
-def table(head: list[str], rows: list[list[str]]) -> str:
-    return "\n".join(f"| {' | '.join(cells)} |" for cells in (head, ["---"] * len(head), *rows)) if rows else ""
 
 
 if __name__ == "__main__":

@@ -26,6 +26,7 @@ from torch import nn
 
 import featherweight as fw
 from benchmarks.reconstruct.subjects import COSTS, SUBJECTS, Subject, difference
+from benchmarks.results import Row, add, read
 from featherweight.correct import correct, output_error
 from featherweight.reconstruct import Contents, Database, Entry, build_database, stitch, uniform, within
 
@@ -57,7 +58,6 @@ CASES: dict[str, tuple[dict[str, Any], dict[str, dict[str, Any]]]] = {
     **{f"{bits} bit": ({"bits": bits}, ROUND) for bits in (4, 3, 2)},
     "2:4, 4 bit": ({"pattern": "2:4", "bits": 4}, {name: ROUND[name] for name in ("ours, independent", "ours")}),
 }
-Row = dict[str, Any]
 
 
 def main() -> None:
@@ -75,13 +75,10 @@ def main() -> None:
     parser.add_argument("--results", type=Path, default=RESULTS)
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
-    options.results.mkdir(parents=True, exist_ok=True)
     path = options.results / f"{options.experiment}.jsonl"
-    there = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
-    for row in EXPERIMENTS[options.experiment](options, there):
+    for row in EXPERIMENTS[options.experiment](options, read(path)):
         row |= {"threads": options.threads, "load_average": round(os.getloadavg()[0], 1)}
-        with path.open("a") as file:
-            file.write(json.dumps(row) + "\n")
+        add(path, row)
         print(json.dumps(row), flush=True)
 
 

@@ -25,7 +25,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from benchmarks.pages import table
 from benchmarks.reconstruct.layers import Layer, digits_layers, network_layers, synthetic_layer
+from benchmarks.results import Row
 from featherweight.grids import GridSpec
 from featherweight.solvers import (
     PRUNERS,
@@ -41,7 +43,6 @@ from featherweight.solvers import (
 
 RESULTS = Path(__file__).parent / "results"
 SPARSITIES = (0.5, 0.7, 0.8, 0.9)
-Row = dict[str, Any]
 
 
 def main() -> None:
@@ -316,10 +317,11 @@ def _table(found: list[Row], base: str) -> None:
     cases, solvers = (list(dict.fromkeys(row[key] for row in found)) for key in ("case", "solver"))
     layers = len({row["layer"] for row in found})
     print(f"over {base}'s, {layers} layers: error (geometric mean), held-out error (geometric mean), seconds (total)")
-    print("| case | " + " | ".join(solvers) + " |\n|" + "---|" * (len(solvers) + 1))
-    for case in cases:
-        cells = [" ".join(f"{ratio:.3f}" for ratio in _ratios(found, base, solver, [case])) for solver in solvers]
-        print(f"| {case} | " + " | ".join(cells) + " |", flush=True)
+    rows = [
+        [case, *(" ".join(f"{ratio:.3f}" for ratio in _ratios(found, base, solver, [case])) for solver in solvers)]
+        for case in cases
+    ]
+    print(table(["case", *solvers], rows), flush=True)
 
 
 def _claim(found: list[Row], base: str, cases: Sequence[str]) -> None:

@@ -5,15 +5,14 @@ from __future__ import annotations
 
 import json
 import math
-import re
 import statistics
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+
+from benchmarks.pages import DOCS, put, table
+from benchmarks.results import Row, last, read
 
 RESULTS = Path(__file__).parent / "results"
-PAGE = Path(__file__).parents[2] / "docs" / "reconstruct.md"
-Row = dict[str, Any]
 METHODS = {
     False: ("magnitude", "AdaPrune-like", "SparseGPT", "ExactOBS", "ours, independent", "ours"),
     True: ("nearest", "GPTQ", "OBQ", "AdaRound", "ours, independent", "ours"),
@@ -22,24 +21,13 @@ LAYER_CASES = ("weight 50%", "weight 70%", "weight 80%", "weight 90%", "2:4", "1
 
 
 def main() -> None:
-    text = PAGE.read_text(encoding="utf-8")
-    for name, table in TABLES.items():
-        body = table()
-        if body:
-            text = re.sub(rf"(<!-- {name} -->\n).*?(<!-- end -->)", lambda m: m[1] + "\n" + body + "\n\n" + m[2], text, count=1, flags=re.DOTALL)  # fmt: skip  # noqa: B023
-    PAGE.write_text(text, encoding="utf-8")
+    for name, make in TABLES.items():
+        put(name, make(), DOCS / "reconstruct.md")
 
 
 def lines(name: str) -> list[Row]:
     """Rows of an experiment of `networks`; the last one of each subject, case and method."""
-    path = RESULTS / f"{name}.jsonl"
-    found = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
-    return list({(row.get("subject"), row.get("case"), row.get("method")): row for row in found}.values())
-
-
-def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    cells = [head, ["---"] * len(head), *rows]
-    return "\n".join(f"| {' | '.join(line)} |" for line in cells)
+    return last(read(RESULTS / f"{name}.jsonl"), "subject", "case", "method")
 
 
 def by_method(cell: Callable[[Row], str]) -> str:
@@ -127,11 +115,7 @@ def cost() -> str:
 def training() -> str:
     rows = lines("training")
     body = [[f"{r['case']:.0%}", r["method"], figure(r["metric"]), f"{100 * r['change']:+.2f} [{100 * r['low']:+.2f}, {100 * r['high']:+.2f}]", f"{r['seconds'] / 60:.1f}", f"{r['processor_seconds'] / 60:.1f}"] for r in rows]  # fmt: skip
-    return (
-        table(["zeros", "method", "accuracy", "points, paired, 95 %", "minutes", "processor minutes"], body)
-        if rows
-        else ""
-    )
+    return table(["zeros", "method", "accuracy", "points, paired, 95 %", "minutes", "processor minutes"], body)
 
 
 def order() -> str:
@@ -149,7 +133,7 @@ def order() -> str:
         ]
         for subject, case in dict.fromkeys((row["subject"], row["case"]) for row in rows)
     ]
-    return table(["network", "", *ways], body) if rows else ""
+    return table(["network", "", *ways], body)
 
 
 def database() -> str:

@@ -8,6 +8,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from benchmarks.pages import put, table
+
 __all__ = ["write"]
 
 Facts = dict[str, Any]
@@ -17,32 +19,20 @@ _MARK = {"passed": "yes", "refused": "refused", "wrong": "**wrong**", "crashed":
 
 
 def write(results: Sequence[Facts], page: Path, speed: Sequence[Facts] = ()) -> None:
-    """Puts each part between `<!-- NAME -->` and `<!-- end -->`; the words around them are written by hand."""
-    text = page.read_text(encoding="utf-8")
-    for name, body in (("goals", _goals(results)), ("table", _table(results)), ("frozen", _frozen(results))):
-        text = _replaced(text, name, body)
-    if speed:
-        text = _replaced(text, "speed", _speed(speed))
-    page.write_text(text, encoding="utf-8")
-
-
-def _replaced(text: str, name: str, body: str) -> str:
-    return re.sub(
-        rf"(<!-- {name} -->\n).*?(<!-- end -->)",
-        lambda marks: f"{marks[1]}\n{body}\n\n{marks[2]}",
-        text,
-        flags=re.DOTALL,
-    )
+    """Puts each part between its marks; the words around them are written by hand."""
+    parts = {"goals": _goals(results), "table": _table(results), "frozen": _frozen(results), "speed": _speed(speed)}
+    for name, body in parts.items():
+        put(name, body, page)
 
 
 def _speed(rows: Sequence[Facts]) -> str:
     head = ["network", "operations", "groups", "torch.export", "combing beyond it", "goal"]
-    cells = [head, ["---"] * len(head)]
+    cells = []
     for row in rows:
         goal = f"{row['goal']:.0f} s" if row["goal"] else ""
         export, beyond = f"{row['export_seconds']:.1f} s", f"{row['beyond_seconds']:.1f} s"
         cells.append([row["name"], str(row["operations"]), str(row["groups"]), export, beyond, goal])
-    return "\n".join(f"| {' | '.join(row)} |" for row in cells)
+    return table(head, cells)
 
 
 def _goals(results: Sequence[Facts]) -> str:
@@ -71,8 +61,7 @@ def _goals(results: Sequence[Facts]) -> str:
 def _table(results: Sequence[Facts]) -> str:
     head = ["network", "front", "cuttable", "in its code", "groups", "cuts proved", "30 % at once", "parameters left"]
     head += ["trained", "loaded", "ONNX", "program"]
-    rows = [head, ["---"] * len(head), *(_row(facts) for facts in results)]
-    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
+    return table(head, (_row(facts) for facts in results))
 
 
 def _row(facts: Facts) -> list[str]:
