@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Real handwritten digits and a small network for them: what the demo, and first tries of your own, run on.
 
-The 1,797 digits of 8 x 8 pixels that scikit-learn brings (UCI's optical recognition set, 13 writers), in one fixed split:
-training, validation (for choices, such as those behind the demo's recipe) and test (for nothing but reporting).
+The 1,797 digits of 8 x 8 pixels that scikit-learn brings (UCI's optical recognition set, 13 writers), in one fixed
+split: training, validation (for choices, such as those behind the demo's recipe) and test (for nothing but reporting).
 """
 
 from __future__ import annotations

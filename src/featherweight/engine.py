@@ -31,8 +31,9 @@ def compile(
 ) -> Compiled:
     """A callable that stands in for the module, in eval mode: tensors in and out, by place or by name.
 
-    Exports the model as `export_onnx` does, checked against it, and loads that as `load` does: later changes to the model do not reach it.
-    The batch may change from call to call where the model lets it. Faster where weights are zeros; no gradients.
+    Exports the model as `export_onnx` does, checked against it, and loads that as `load` does: later changes to the
+    model do not reach it. The batch may change from call to call where the model lets it. Faster where weights are
+    zeros; no gradients.
 
     >>> import torch
     >>> model = nn.Sequential(nn.Linear(16, 32), nn.ReLU(), nn.Linear(32, 4)).eval()

@@ -301,7 +301,8 @@ def _layers(evidence: Evidence, coded: Mapping[str, pack.Coded]) -> list[dict[st
 def _channels(evidence: Evidence) -> list[dict[str, Any]]:
     """How wide each layer was and is, in the order in which layers first run; nothing where all are as wide as before.
 
-    Attention heads are told where a method told of them or torch's own layer has them; a width of 0 is a layer that is gone.
+    Attention heads are told where a method told of them or torch's own layer has them; a width of 0 is a layer that is
+    gone.
     """
     reference = unwrap(evidence.task.model)
     now = dict(evidence.model.named_modules())

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Looking before leaping: what a model consists of, and what a recipe would do to it, take and need. Changes nothing.
 
-What matches is exact, for the methods are asked themselves. Time, disk and memory are estimates and are called so: a few
-real steps are timed on a copy and multiplied; bytes are added up by the formulas of `preview`.
+What matches is exact, for the methods are asked themselves. Time, disk and memory are estimates and are called so: a
+few real steps are timed on a copy and multiplied; bytes are added up by the formulas of `preview`.
 """
 
 from __future__ import annotations

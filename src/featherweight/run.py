@@ -105,8 +105,8 @@ def compress(
     without jinja2) is said in the report, and everything else is delivered. Without `out` nothing is written.
 
     `recipe` is a list of methods, or the path of a TOML recipe. `resume` goes on with a run that was killed;
-    `overwrite` allows a folder that holds another. `progress` shows a bar; by default, on a terminal. Under torchrun all
-    processes train together and return the same model, and the first one measures and writes.
+    `overwrite` allows a folder that holds another. `progress` shows a bar; by default, on a terminal. Under torchrun
+    all processes train together and return the same model, and the first one measures and writes.
 
     Raises `ArtefactError` for a folder that is in use, finished or not writable, before anything is run; `StageError`
     when a stage breaks what an earlier one made; and whatever its methods raise. Finished stages are kept.
@@ -322,7 +322,8 @@ class _Invariants:
 def _invariants(model: nn.Module, formats: Mapping[str, str] | None = None, given: Collection[str] = ()) -> _Invariants:
     """What stands, read from the model itself; only how many columns share a scale is told by the plan's hints.
 
-    Weights in `given` were on a grid before the first stage, a fixed filter's say: no stage made it, and none has to keep it.
+    Weights in `given` were on a grid before the first stage, a fixed filter's say: no stage made it, and none has to
+    keep it.
     """
     grids = frozenset(name for name, module in model.named_modules() if isinstance(module, FakeQuantize))
     zeros = {weight.name: pruned for weight, pruned in existing_zeros(model)}

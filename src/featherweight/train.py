@@ -3,8 +3,8 @@
 
 What must happen while a network trains (gradual sparsity, later channel scores, fake quantization) are hooks:
 `attach(model, optimizer)`, then `step()` after each optimizer step, then `finalize()`. What the network is to imitate
-meanwhile is added to its loss (`distill`). Both serve a loop of your own, of any framework; this one adds data, devices,
-mixed precision and `torchrun` through accelerate.
+meanwhile is added to its loss (`distill`). Both serve a loop of your own, of any framework; this one adds data,
+devices, mixed precision and `torchrun` through accelerate.
 """
 
 from __future__ import annotations

@@ -33,8 +33,8 @@ class Until:
     """When a loop may stop: the packed size to reach, and how far the metric may fall from where it began.
 
     `bytes` is absolute ("2 MB", 200000) or the share kept of the dense bytes ("10 %"); `sparsity` the share of zeros
-    among all weights (biases and norms, which may start at zero, do not count). `drop` is in the metric's units (0.01) or a share of its start ("1 %"). At least one
-    of `bytes` and `sparsity` is needed, or the loop would have no end.
+    among all weights (biases and norms, which may start at zero, do not count). `drop` is in the metric's units (0.01)
+    or a share of its start ("1 %"). At least one of `bytes` and `sparsity` is needed, or the loop would have no end.
 
     >>> Until(bytes="10 %", drop="1 %")
     Until(bytes='10 %', sparsity=None, drop='1 %')

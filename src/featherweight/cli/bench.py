@@ -79,8 +79,9 @@ def bench(
 ) -> dict[str, Any]:
     """Times each of `models` in each runtime, all interleaved; compares each with the first one in the same runtime.
 
-    One model alone is compared with itself in the first runtime. A quantized ONNX file is timed beside itself in float32
-    too, and `integers` tells what each runtime makes of it. `notes` tells what is left out, and what the engine hands over.
+    One model alone is compared with itself in the first runtime. A quantized ONNX file is timed beside itself in
+    float32 too, and `integers` tells what each runtime makes of it. `notes` tells what is left out, and what the engine
+    hands over.
 
     Raises `OptionError` where no runtime can run all models, `ArtefactError` for files that are missing.
     """

@@ -24,7 +24,8 @@ __all__ = ["measured", "show"]
 def measured(task: Task) -> dict[str, Any]:
     """The scan as JSON-able data. One pass over the data for each weight and each of 8, 6, 4, 3 and 2 bits.
 
-    Raises `DataError` for a task that has neither a metric nor data, and `NothingToCompress` for a model without weights.
+    Raises `DataError` for a task that has neither a metric nor data, and `NothingToCompress` for a model without
+    weights.
     """
     from featherweight.quantize import mixed_bits, sensitivity
 

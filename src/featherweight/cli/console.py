@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """What the commands print: tables and lines for people on stdout, one JSON document with --json, errors on stderr.
 
-Colour and width follow the terminal; where there is none (a pipe, CI), text is plain and lines are as long as they need.
+Colour and width follow the terminal; where there is none (a pipe, CI), text is plain and lines are as long as they
+need.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """What `inspect` says of a trace: which channels and heads go together, what one costs, and what is frozen where and why.
 
-`laid_out` makes one dict of a trace, which is what --json prints; `show` draws tables of it. A network of a hundred blocks
-is frozen at the same few lines of its code, so that frozen axes are told by line and not one by one.
+`laid_out` makes one dict of a trace, which is what --json prints; `show` draws tables of it. A network of a hundred
+blocks is frozen at the same few lines of its code, so that frozen axes are told by line and not one by one.
 """
 
 from __future__ import annotations
@@ -61,8 +61,8 @@ def _group(trace: Trace, group: Group) -> dict[str, Any]:
 
 
 def _frozen(trace: Trace) -> list[dict[str, Any]]:
-    """Frozen axes by reason and line, those with the most positions first; kernels and axes of one position are nobody's
-    channels, and are left out."""
+    """Frozen axes by reason and line, those with the most positions first; kernels and axes of one position are
+    nobody's channels, and are left out."""
     found: dict[tuple[str, str, str], list[dict[str, Any]]] = {}
     for one in trace.frozen:
         if one.positions > 1 and not one.reason.startswith("a kernel's"):

@@ -59,8 +59,8 @@ def command(
 
     Changes nothing. "Would be pruned" is said of GradualPruning with its defaults. Without --input MACs are not known.
     With inputs, a second table has the groups of channels and heads that can only be cut together, and what is frozen
-    by which line of code. --try takes ten forwards or so. --heads needs a task with a metric, and takes two evaluations for
-    each head. --bits needs a task with a metric or data, and takes five evaluations for each weight.
+    by which line of code. --try takes ten forwards or so. --heads needs a task with a metric, and takes two evaluations
+    for each head. --bits needs a task with a metric or data, and takes five evaluations for each weight.
 
     \b
     Example: featherweight inspect my_package.nets:make --input 1x3x32x32
@@ -100,8 +100,8 @@ def _subject(
 def _comb(
     net: nn.Module, inputs: Any, grain: Literal["heads", "dims"], trial: bool, task: Task | None
 ) -> tuple[dict[str, Any], dict[str, Any] | None]:
-    """What a trace says, and the tables of heads for a task. A model that cannot be traced still has layers to show, and
-    its trace is an error there; only where more of it was asked for, `GraphError` is raised."""
+    """What a trace says, and the tables of heads for a task. A model that cannot be traced still has layers to show,
+    and its trace is an error there; only where more of it was asked for, `GraphError` is raised."""
     from featherweight.edits import refusals
     from featherweight.graph import trace
 

@@ -30,9 +30,9 @@ __all__ = ["batch_norm_site", "reestimate_batch_norm", "running_statistics", "tr
 def reestimate_batch_norm(model: nn.Module, batches: Iterable[Any], forward: Forward, passes: int = 2) -> Moved:
     """Sets `running_mean` and `running_var` of every BatchNorm of your model to those of its inputs on the batches.
 
-    Mean and unbiased variance over all values of all batches, for BatchNorm1d, 2d, 3d and SyncBatchNorm; dropout and all
-    else runs as in evaluation. Saves nothing. With more than one pass, layers see inputs that were normalized as they
-    will be in evaluation. Norms that keep no statistics or that no batch reaches are left alone, and named.
+    Mean and unbiased variance over all values of all batches, for BatchNorm1d, 2d, 3d and SyncBatchNorm; dropout and
+    all else runs as in evaluation. Saves nothing. With more than one pass, layers see inputs that were normalized as
+    they will be in evaluation. Norms that keep no statistics or that no batch reaches are left alone, and named.
 
     Raises `DataError` for no batch and `NumericalError` for values that are not finite; the model is then as it was.
 

@@ -2,8 +2,8 @@
 """Bias correction: what compression shifts on average is given back by the bias, at no cost.
 
 After "Data-Free Quantization Through Weight Equalization and Bias Correction" (Nagel et al., 2019, section 4.2, its
-variant with data): b + E[y_ref - y] for each output channel. Later layers see earlier ones corrected, so that each answers
-for its own shift and not again for that of another.
+variant with data): b + E[y_ref - y] for each output channel. Later layers see earlier ones corrected, so that each
+answers for its own shift and not again for that of another.
 """
 
 from __future__ import annotations
@@ -43,8 +43,8 @@ def correct_bias(
     """Gives every layer of your model outputs of the reference's mean, channel by channel, by way of its bias.
 
     Linear layers, convolutions, the projections of MultiheadAttention, and the gates of RNN, LSTM and GRU, whose steps
-    feed each other, so that their means are met to first order only. In one pass, see `walk`. What a norm reads moves with
-    the biases before it: `again` says which of the corrections of norms that were made before, `moments` or else
+    feed each other, so that their means are met to first order only. In one pass, see `walk`. What a norm reads moves
+    with the biases before it: `again` says which of the corrections of norms that were made before, `moments` or else
     `batch_norm`, are made again on the way. Layers without bias, `frozen` biases, tied ones and zeros that pruning made
     stay. Saves nothing.
 

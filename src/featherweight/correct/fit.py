@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """All remaining weights together, trained to answer as the reference does: the paper's global AdaPrune, without labels.
 
-Minimizes Σ ||y - y_ref||² / ||y_ref||² over layers' outputs and the model's own, with Adam ("Optimal Brain Compression",
-Frantar and Alistarh, 2022, section 6 and appendix). Layers that were solved one by one make errors that add up; here they
-make up for each other's. With few samples this can fit noise, so held-out samples say when to stop.
+Minimizes Σ ||y - y_ref||² / ||y_ref||² over layers' outputs and the model's own, with Adam ("Optimal Brain
+Compression", Frantar and Alistarh, 2022, section 6 and appendix). Layers that were solved one by one make errors that
+add up; here they make up for each other's. With few samples this can fit noise, so held-out samples say when to stop.
 """
 
 from __future__ import annotations
@@ -66,10 +66,11 @@ def fit_outputs(
 
     Adam, `epochs` passes over the batches, its step falling as a cosine from `lr` times the root mean square of each
     tensor's non-zeros, so that weights of any scale move alike. After `patience` epochs without a lower held-out
-    `output_error` it goes on from the best state with a third of the step, and the fourth time it stops. `match` says whose outputs count: `layers`, the model's (`outputs`), or `both`. Zeros of weights stay
-    zero, ties stay ties, `frozen` parameters (weights on a grid) do not move, BatchNorm runs on its statistics; gradients
-    and `requires_grad` are the caller's again afterwards. The reference's outputs are computed batch by batch. Saves
-    nothing; holds two copies of the parameters, besides their gradients and Adam's two.
+    `output_error` it goes on from the best state with a third of the step, and the fourth time it stops. `match` says
+    whose outputs count: `layers`, the model's (`outputs`), or `both`. Zeros of weights stay zero, ties stay ties,
+    `frozen` parameters (weights on a grid) do not move, BatchNorm runs on its statistics; gradients and `requires_grad`
+    are the caller's again afterwards. The reference's outputs are computed batch by batch. Saves nothing; holds two
+    copies of the parameters, besides their gradients and Adam's two.
 
     Raises `OptionError`, `DataError` or `NumericalError`; the model is then as it was.
 

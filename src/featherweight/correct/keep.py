@@ -66,8 +66,8 @@ def keep_if_better(
 ) -> Correction:
     """Tries a correction of your model in place; keeps it where `error()` falls below `before`, else undoes it.
 
-    `tensors` are all that the attempt may change: they are copied, and hold their old bits again where the error did not
-    fall, where it is no number any more, and where anything is raised, Ctrl-C included.
+    `tensors` are all that the attempt may change: they are copied, and hold their old bits again where the error did
+    not fall, where it is no number any more, and where anything is raised, Ctrl-C included.
 
     >>> import torch
     >>> weight = torch.tensor([3.0])

@@ -2,8 +2,8 @@
 """Mean and variance correction: what BatchNorm's re-estimation is to convolutional networks, for all with other norms.
 
 After "Optimal Brain Compression" (Frantar and Alistarh, 2022), which corrects the outputs of norms by hooks. Here the
-correction y -> (y - mean) · std_ref / std + mean_ref of each channel is folded into the norm's own weight and bias: nothing
-is added to the model, and what is saved is what was measured.
+correction y -> (y - mean) · std_ref / std + mean_ref of each channel is folded into the norm's own weight and bias:
+nothing is added to the model, and what is saved is what was measured.
 """
 
 from __future__ import annotations

@@ -37,12 +37,12 @@ _MODEL, _REFERENCE = "the compressed model", "the dense reference"
 def output_error(model: nn.Module, reference: nn.Module, batches: Iterable[Any], forward: Forward) -> float:
     """||y - y_ref||² / ||y_ref||² over all batches, both models in evaluation mode; the mean where there are more outputs.
 
-    Every floating-point tensor of the answer (tensor, tuple, dict, dataclass, nested at will) has a relative error of its
-    own, summed over batches in float64, so that each counts alike whatever its scale; their mean is returned. An output
-    that is zero throughout has error 0 if it is answered with zeros, else infinity. Changes neither model.
+    Every floating-point tensor of the answer (tensor, tuple, dict, dataclass, nested at will) has a relative error of
+    its own, summed over batches in float64, so that each counts alike whatever its scale; their mean is returned. An
+    output that is zero throughout has error 0 if it is answered with zeros, else infinity. Changes neither model.
 
-    Raises `NumericalError` that names the model whose answer is not finite, `DataError` for no batch or no floating-point
-    output, `OptionError` where the two models answer in different shapes.
+    Raises `NumericalError` that names the model whose answer is not finite, `DataError` for no batch or no
+    floating-point output, `OptionError` where the two models answer in different shapes.
 
     >>> dense, compressed = nn.Linear(2, 1, bias=False), nn.Linear(2, 1, bias=False)
     >>> with torch.no_grad():
@@ -94,8 +94,8 @@ def _compare(answer: Tensor | None, target: Tensor, mask: Tensor | None, where: 
 def float_tensors(answer: Any, path: str = "") -> Iterator[tuple[str, Tensor]]:
     """The floating-point tensors of nested outputs, each with its path (`['logits']`, `[0]`, empty for a tensor alone).
 
-    Looks into mappings, tuples, lists and dataclasses (a transformers `ModelOutput` is a mapping); other objects, caches
-    say, hold nothing to compare. Complex tensors are read as pairs of real numbers.
+    Looks into mappings, tuples, lists and dataclasses (a transformers `ModelOutput` is a mapping); other objects,
+    caches say, hold nothing to compare. Complex tensors are read as pairs of real numbers.
 
     >>> [path for path, _ in float_tensors({"logits": torch.ones(2), "states": (torch.ones(2), torch.arange(2))})]
     ["['logits']", "['states'][0]"]

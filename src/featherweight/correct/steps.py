@@ -57,8 +57,8 @@ def correct(
     `report` gets `{"kind": "progress", "correction", "step", "total"}` within a step and `{"kind": "correction", ...}`,
     the fields of `Correction`, after it (`after` is None where the answers were NaN).
 
-    Raises `OptionError` for an unknown step or name, `DataError` for batches that cannot be read again, `NumericalError`
-    for answers that are not finite.
+    Raises `OptionError` for an unknown step or name, `DataError` for batches that cannot be read again,
+    `NumericalError` for answers that are not finite.
 
     >>> import torch
     >>> reference, model = nn.Linear(1, 2), nn.Linear(1, 2)

@@ -2,10 +2,10 @@
 """Layer by layer in one pass: each layer is corrected on the fly, so that later ones see their inputs as they will be.
 
 A correction is a fold of moments into a layer's own parameters. For each batch the reference runs, then the compressed
-model; as a layer of it has run, the correction for this batch is folded in, the layer runs again, and gets its parameters
-back. What is folded in the end comes from the moments over all batches. One correction after the other, each from a pass
-of its own, is as good (a sentence transformer and a ResNet, 70 and 90 % pruned: within 1 % of held-out error, either way)
-and costs as many passes as there are layers.
+model; as a layer of it has run, the correction for this batch is folded in, the layer runs again, and gets its
+parameters back. What is folded in the end comes from the moments over all batches. One correction after the other, each
+from a pass of its own, is as good (a sentence transformer and a ResNet, 70 and 90 % pruned: within 1 % of held-out
+error, either way) and costs as many passes as there are layers.
 """
 
 from __future__ import annotations
@@ -80,9 +80,9 @@ Measured = Mapping[str, Moments]
 class Site:
     """Where one correction happens: `name` for reports, the layer whose calls are read, and what is done about them.
 
-    `read` gives what counts by part, each (tokens, channels), or says why it cannot. `fold` corrects `tensors`, which are
-    the compressed layer's own, given that layer, the reference's, and the moments of both by part; it returns the names
-    of what it set, or why it set nothing.
+    `read` gives what counts by part, each (tokens, channels), or says why it cannot. `fold` corrects `tensors`, which
+    are the compressed layer's own, given that layer, the reference's, and the moments of both by part; it returns the
+    names of what it set, or why it set nothing.
     """
 
     name: str

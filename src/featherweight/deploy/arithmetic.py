@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """Integer arithmetic as runtimes do it: exact sums of products, then one multiplication, one rounding, one saturation.
 
-Accumulators are int32 in a runtime. Here they are kept in float64, which is exact below 2^53 and lets torch's convolutions
-and matrix products do the work; a sum that int32 could not hold is an error, since a runtime would wrap around without a
-word. Requantization is that of ONNX Runtime's kernels: the accumulator as float32, times a float32 multiplier
-(s_x s_w / s_y), rounded half to even, zero point added, saturated.
+Accumulators are int32 in a runtime. Here they are kept in float64, which is exact below 2^53 and lets torch's
+convolutions and matrix products do the work; a sum that int32 could not hold is an error, since a runtime would wrap
+around without a word. Requantization is that of ONNX Runtime's kernels: the accumulator as float32, times a float32
+multiplier (s_x s_w / s_y), rounded half to even, zero point added, saturated.
 """
 
 from __future__ import annotations
@@ -129,8 +129,8 @@ def filtered(
 ) -> torch.Tensor:
     """ONNX's Conv, or its ConvTranspose where `output_padding` is given, in the floating-point type of x.
 
-    `pads` are as ONNX has them: all beginnings, then all ends. A transposed convolution spreads each value's multiple of
-    the kernel, and `pads` are cut off.
+    `pads` are as ONNX has them: all beginnings, then all ends. A transposed convolution spreads each value's multiple
+    of the kernel, and `pads` are cut off.
     """
     axes = x.ndim - 2
     wide, weight = torch.from_numpy(x), torch.from_numpy(kernel)

@@ -5,10 +5,10 @@ A model has grids on the inputs of layers. An integer runtime needs more: a conv
 output has a grid, and a residual sum is done in integers only where both of its inputs and its output have one. These
 edges are found on the exported graph, where they are all there, and none is hidden in Python.
 
-An edge gets a grid where integers can come in and go on. Ops that only move data, pooling and concatenation share one grid
-with what they read, so that they copy integers; where a layer's own grid stands on such an edge, that is the one. What comes
-through a Relu does without the others' negative values: then a concatenation requantizes it. Norms,
-softmax, activations other than Relu and Clip, and whatever feeds only these, stay in floating point.
+An edge gets a grid where integers can come in and go on. Ops that only move data, pooling and concatenation share one
+grid with what they read, so that they copy integers; where a layer's own grid stands on such an edge, that is the one.
+What comes through a Relu does without the others' negative values: then a concatenation requantizes it. Norms, softmax,
+activations other than Relu and Clip, and whatever feeds only these, stay in floating point.
 """
 
 from __future__ import annotations

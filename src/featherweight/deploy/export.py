@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """ONNX by torch's torch.export-based exporter: one file, a batch of any size, and nothing written that is not checked.
 
-Tried in this order until a file agrees with the model in ONNX Runtime: a dynamic batch, with lengths that are as free as
-the data's if these vary, the example's batch, and all again with layers taken apart into plain ops (an LSTM with
-projections, say, exports to a node that no runtime runs). torch's older tracing exporter is no fallback: a trace can be wrong without a word.
+Tried in this order until a file agrees with the model in ONNX Runtime: a dynamic batch, with lengths that are as free
+as the data's if these vary, the example's batch, and all again with layers taken apart into plain ops (an LSTM with
+projections, say, exports to a node that no runtime runs). torch's older tracing exporter is no fallback: a trace can be
+wrong without a word.
 
 Zeros stay zeros: the exporter folds a BatchNorm into its conv and reorders an LSTM's gates, which moves zeros, but
 makes none of them anything else. What it notes of the machine, its paths and the model's source, is taken out.
@@ -55,9 +56,10 @@ _PLAIN, _DECOMPOSED = "torch.export", "torch.export, decomposed"
 class Export:
     """What was written. `files` is `path` alone, or with the weights beside it from 2 GB on; `bytes` is of all of them.
 
-    `dynamic_batch` says whether axis 0 may have any size, `open_axes` which axes of each input may; `exporter` is "torch.export" or "torch.export, decomposed";
-    `notes` are sentences on what was asked for and not possible. Inputs are the example's tensors in order, those of a
-    dict by key, under the names of the arguments that they are: a session takes them by these names too.
+    `dynamic_batch` says whether axis 0 may have any size, `open_axes` which axes of each input may; `exporter` is
+    "torch.export" or "torch.export, decomposed"; `notes` are sentences on what was asked for and not possible. Inputs
+    are the example's tensors in order, those of a dict by key, under the names of the arguments that they are: a
+    session takes them by these names too.
     """
 
     path: Path
@@ -93,13 +95,14 @@ def export_onnx(
     "batch" in every tensor whose axis 0 is as long as the first one's; a model that fixes it is exported with the
     example's batch, and `notes` says so. Other axes have the example's size, but for those on which `others`, calls of
     other sizes, differ from it (sequences of several lengths: `other_sizes` finds them in a task's data); the file is
-    checked on these too, and where the model fixes such an axis, `notes` says so. What is not a tensor in the inputs becomes a constant. The model stays as it is.
+    checked on these too, and where the model fixes such an axis, `notes` says so. What is not a tensor in the inputs
+    becomes a constant. The model stays as it is.
 
     A quantized model becomes a QDQ file: weights that lie on a grid of 8 bits or fewer are stored as integers (int4
-    where 4 bits hold them and nothing multiplies them as int8; opset 21 or later), grids on layers' inputs are QuantizeLinear and
-    DequantizeLinear. With `calibration` (batches of the model's arguments, a target behind them or not) sums,
-    concatenations, pooling and outputs of convolutions get grids as well, from the ranges that they take on it: without
-    these, runtimes compute residual networks largely in floating point. See docs/integers.md.
+    where 4 bits hold them and nothing multiplies them as int8; opset 21 or later), grids on layers' inputs are
+    QuantizeLinear and DequantizeLinear. With `calibration` (batches of the model's arguments, a target behind them or
+    not) sums, concatenations, pooling and outputs of convolutions get grids as well, from the ranges that they take on
+    it: without these, runtimes compute residual networks largely in floating point. See docs/integers.md.
 
     Raises `ExportError` with the cause and the line of the model's code, `ParityError` if no file could be made that
     answers as the model does, `ArtefactError` if the file cannot be written; in each case nothing is left behind.

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """What a runtime makes of a quantized file: which layers it computes in integers, which stayed in floating point, and why.
 
-A QDQ file only offers integers. A runtime that finds no kernel for a pattern computes it in floating point, dequantizing
-weights at each call, slower than the plain float file, and says nothing. So its own optimised graph is read: ONNX Runtime
-writes it to a file, OpenVINO hands it out with the precision of each layer.
+A QDQ file only offers integers. A runtime that finds no kernel for a pattern computes it in floating point,
+dequantizing weights at each call, slower than the plain float file, and says nothing. So its own optimised graph is
+read: ONNX Runtime writes it to a file, OpenVINO hands it out with the precision of each layer.
 """
 
 from __future__ import annotations
@@ -116,8 +116,8 @@ def is_quantized(path: str | Path) -> bool:
 def form_in(path: str | Path, runtime: str) -> Form:
     """Opens a file in a runtime and reads what became of it.
 
-    Raises `OptionError` for an unknown runtime, `MissingExtra` for one that is not installed, `ArtefactError` for a file
-    that it refuses.
+    Raises `OptionError` for an unknown runtime, `MissingExtra` for one that is not installed, `ArtefactError` for a
+    file that it refuses.
     """
     readers = dict(zip(INTEGER_RUNTIMES, (_onnxruntime, _openvino), strict=True))
     if runtime not in readers:

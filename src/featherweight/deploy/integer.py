@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """Our own exact reference of a QDQ file: what an integer runtime is to compute, in NumPy, and how far runtimes are from it.
 
-Products are summed in integers (`arithmetic`) wherever a layer's input and weight are: "DQ, op, Q" becomes one exact sum,
-one multiplication and one rounding. Sums, products of two tensors, concatenations and pooling follow the definition of QDQ:
-dequantize, compute, quantize. Everything else is floating point, by ONNX's own reference implementation. Slow: for checking.
+Products are summed in integers (`arithmetic`) wherever a layer's input and weight are: "DQ, op, Q" becomes one exact
+sum, one multiplication and one rounding. Sums, products of two tensors, concatenations and pooling follow the
+definition of QDQ: dequantize, compute, quantize. Everything else is floating point, by ONNX's own reference
+implementation. Slow: for checking.
 """
 
 from __future__ import annotations
@@ -42,8 +43,8 @@ class _Unit:
 class IntegerReference:
     """A QDQ file, called as the model is: `reference(x)` gives NumPy arrays. `saturated` counts what was out of range.
 
-    `saturated[name] = (values outside the grid's range, all values)` of each QuantizeLinear, by the name of what it reads,
-    added up over calls. Raises `ArtefactError` for a file that is not there or has branches and loops.
+    `saturated[name] = (values outside the grid's range, all values)` of each QuantizeLinear, by the name of what it
+    reads, added up over calls. Raises `ArtefactError` for a file that is not there or has branches and loops.
     """
 
     def __init__(self, path: str | Path) -> None:
@@ -223,9 +224,9 @@ def _options(node: Any, axes: int) -> dict[str, Any]:
 class Agreement:
     """How a runtime's answers compare with the integer reference's, in steps of each output's grid.
 
-    A step is the grid's where the output has one, else a 255th of the output's range in the reference. `exact` and `within`
-    are the shares of values that are equal and that differ by one step or less, `largest` the largest difference,
-    `saturated` the share of activations that were outside their grids' ranges.
+    A step is the grid's where the output has one, else a 255th of the output's range in the reference. `exact` and
+    `within` are the shares of values that are equal and that differ by one step or less, `largest` the largest
+    difference, `saturated` the share of activations that were outside their grids' ranges.
     """
 
     runtime: str
@@ -296,7 +297,8 @@ class NodeAgreement:
 def agreement_by_node(path: str | Path, inputs: tuple[Any, ...], scratch: Path) -> tuple[NodeAgreement, ...]:
     """ONNX Runtime against the reference at each grid in turn: nothing adds up, so that 1 is the most that is in order.
 
-    All integers of the file become outputs, and each node of the reference is given what ONNX Runtime computed before it.
+    All integers of the file become outputs, and each node of the reference is given what ONNX Runtime computed before
+    it.
     """
     reference = IntegerReference(path)
     tools = ir()

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Grids on activations, on their way into an ONNX file: `FakeQuantize` is traced as the nodes that it stands for.
 
-In a copy of the model each `FakeQuantize` is replaced by a module that emits QuantizeLinear and DequantizeLinear as ONNX
-nodes. So they stand in the graph exactly where the model calls them, whatever the exporter makes of the layer after it
-(Gemm, MatMul, Conv, LSTM), and no pattern of rounding and clamping has to be recognised.
+In a copy of the model each `FakeQuantize` is replaced by a module that emits QuantizeLinear and DequantizeLinear as
+ONNX nodes. So they stand in the graph exactly where the model calls them, whatever the exporter makes of the layer
+after it (Gemm, MatMul, Conv, LSTM), and no pattern of rounding and clamping has to be recognised.
 """
 
 from __future__ import annotations

@@ -66,8 +66,9 @@ def attribute(node: Any, name: str, default: Any = None) -> Any:
 def constant(value: Any) -> NDArray[Any] | None:
     """The array of an initializer or a Constant node, also behind nodes that only change its layout or type; else None.
 
-    torch's exporter folds such changes for small tensors alone: a vocabulary's transpose and the gates of an LSTM, sliced
-    and put in another order, are nodes. Integers of recurrent layers are widened in the file (`integer_weights`).
+    torch's exporter folds such changes for small tensors alone: a vocabulary's transpose and the gates of an LSTM,
+    sliced and put in another order, are nodes. Integers of recurrent layers are widened in the file
+    (`integer_weights`).
     """
     if value is None:
         return None

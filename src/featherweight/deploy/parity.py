@@ -4,10 +4,11 @@
 An exporter that ends without an error has proved nothing: files that load, run and are wrong have been shipped. So each
 export is followed by this check, and what fails it is not delivered.
 
-A model with grids on its activations is judged in steps. Two runtimes add in different orders, the last bit of a sum decides
-to which of two neighbours it is rounded, and the next layers carry that on; so no tolerance of float32 fits. The unit is one
-step of an 8-bit grid over the output's own range. In a network so sensitive that its grids change the answer by more than
-that, the file may differ by twice what they do: it rounds in about twice as many places, between layers too.
+A model with grids on its activations is judged in steps. Two runtimes add in different orders, the last bit of a sum
+decides to which of two neighbours it is rounded, and the next layers carry that on; so no tolerance of float32 fits.
+The unit is one step of an 8-bit grid over the output's own range. In a network so sensitive that its grids change the
+answer by more than that, the file may differ by twice what they do: it rounds in about twice as many places, between
+layers too.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """A quantized model as standard ONNX QDQ: int8 weights, int32 biases, grids on inputs and on the edges between layers.
 
-A QDQ graph is a float graph with pairs of QuantizeLinear and DequantizeLinear in it. It means the same everywhere, and a
-runtime that has an integer kernel for "DQ, op, Q" uses it. Where a runtime has none, the graph is computed in floating
-point, as slowly as that is.
+A QDQ graph is a float graph with pairs of QuantizeLinear and DequantizeLinear in it. It means the same everywhere, and
+a runtime that has an integer kernel for "DQ, op, Q" uses it. Where a runtime has none, the graph is computed in
+floating point, as slowly as that is.
 """
 
 from __future__ import annotations
@@ -39,8 +39,8 @@ __all__ = ["Integers", "edges_without_ranges", "in_integers", "with_edges", "wit
 class Integers:
     """What an ONNX file holds as integers: counts of tensors, and sentences on what stayed in floating point.
 
-    `int8` and `int4` are weights, `biases` int32 biases, `inputs` layers' own grids, `edges` grids placed between layers,
-    `dynamic` layers whose input takes the grid of each call.
+    `int8` and `int4` are weights, `biases` int32 biases, `inputs` layers' own grids, `edges` grids placed between
+    layers, `dynamic` layers whose input takes the grid of each call.
     """
 
     int8: int = 0

@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Ranges of values inside an ONNX graph, recorded by running it in ONNX Runtime on calibration data.
 
-The least and largest value of each are reduced in the graph, so that a batch leaves two numbers a value and no activations.
+The least and largest value of each are reduced in the graph, so that a batch leaves two numbers a value and no
+activations.
 """
 
 from __future__ import annotations
@@ -86,7 +87,8 @@ def _with_reductions(path: Path, names: Sequence[str], probe: Path) -> None:
 def call_inputs(batch: Any, names: Sequence[str]) -> tuple[Any, ...]:
     """A batch as the arguments of a call that takes tensors of these names: a target that stands last is left out.
 
-    Of a dict the names are taken, and what else is in it left out, where it has them all; else it is one argument itself.
+    Of a dict the names are taken, and what else is in it left out, where it has them all; else it is one argument
+    itself.
 
     >>> import torch
     >>> call_inputs((torch.zeros(1), torch.ones(1)), ["x"])

@@ -47,8 +47,9 @@ class Session(nn.Module):
 
     Inputs may be torch tensors or numpy arrays, nested as the model takes them; what is not one of these (a flag, None)
     was fixed when the model was exported and is skipped. A file's inputs have the names of the model's arguments, and
-    what is given by name goes there; a name that the file has not, or lacks, is a `DataError`. The answer is the model's tensors in their order: one, or a
-    tuple. With `like` (an output of the model) it has that structure, dicts and all.
+    what is given by name goes there; a name that the file has not, or lacks, is a `DataError`. The answer is the
+    model's tensors in their order: one, or a tuple. With `like` (an output of the model) it has that structure, dicts
+    and all.
 
     A module without parameters, so that `evaluate(session)` may call `.eval()` or `.to()` to no effect.
     """
@@ -149,8 +150,8 @@ def session(
 ) -> Session:
     """Opens an ONNX file in a runtime, on the CPU. `threads` None leaves the number to the runtime.
 
-    Stock runtimes round the inputs of layers with integer weights alone to 8 bits, unasked (differences of some 0.4 %, and
-    up to 3x faster). `exact` has them keep float32, as the file says; what is timed and shipped is the default.
+    Stock runtimes round the inputs of layers with integer weights alone to 8 bits, unasked (differences of some 0.4 %,
+    and up to 3x faster). `exact` has them keep float32, as the file says; what is timed and shipped is the default.
 
     Raises `OptionError` for an unknown runtime, `MissingExtra` for one that is not installed, and `ArtefactError` for a
     file that is missing or that the runtime refuses.

@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """Weights of an ONNX graph as integers: constants that lie on a grid become int8 or int4 and a DequantizeLinear.
 
-The grid is read from the values (`grids.read_grid`), so that nobody has to tell how a weight was quantized, and what the
-file computes with is the model's weight to the last bit. One exception: where the exporter folded a norm into a conv, each
-row was multiplied by a number, and is on a grid but for float32's rounding; there the integers are the model's.
+The grid is read from the values (`grids.read_grid`), so that nobody has to tell how a weight was quantized, and what
+the file computes with is the model's weight to the last bit. One exception: where the exporter folded a norm into a
+conv, each row was multiplied by a number, and is on a grid but for float32's rounding; there the integers are the
+model's.
 """
 
 from __future__ import annotations
@@ -34,8 +35,8 @@ _ROUNDING = 2.0**-23
 class Weights:
     """What became of a graph's weights: how many are int8 and int4, and which nodes compute in floating point all the same.
 
-    `stored` have weights that are integers in the file alone; the input of `uneven` has a grid, and their weights have zero
-    points or several scales a row, which no integer kernel takes.
+    `stored` have weights that are integers in the file alone; the input of `uneven` has a grid, and their weights have
+    zero points or several scales a row, which no integer kernel takes.
     """
 
     int8: int = 0
@@ -92,9 +93,10 @@ def on_grids(parameters: Iterable[Tensor]) -> bool:
 def integer_weights(model: Any, parameters: Mapping[str, Tensor], *, int4: bool) -> Weights:
     """Replaces the weights of this graph (onnx_ir's) that lie on grids; `parameters` are the torch model's, by name.
 
-    Of Conv, ConvTranspose, Gemm and MatMul one scale a row becomes a per-channel DequantizeLinear; a scale for each chunk
-    of a MatMul's columns a blocked one (opset 21). Rows of an embedding are picked as integers and multiplied by their
-    scales after. Recurrent weights, and grouped transposed convs, are int8 in the file and floats to every runtime.
+    Of Conv, ConvTranspose, Gemm and MatMul one scale a row becomes a per-channel DequantizeLinear; a scale for each
+    chunk of a MatMul's columns a blocked one (opset 21). Rows of an embedding are picked as integers and multiplied by
+    their scales after. Recurrent weights, and grouped transposed convs, are int8 in the file and floats to every
+    runtime.
     """
     done = Weights()
     for node in list(model.graph):
@@ -270,8 +272,9 @@ def _reshaped(node: Any, integers: _Integers, shape: tuple[int, ...], name: str,
 
 
 def _in_int32(node: Any, value: Any, integers: _Integers, name: str) -> Any:
-    """int8 less its zero points, widened, for OpenVINO: where activations have grids it keeps what is dequantized from int8
-    as nodes, and refuses a recurrent layer whose weights are no constants. What is dequantized from int32 it folds."""
+    """int8 less its zero points, widened, for OpenVINO: where activations have grids it keeps what is dequantized from
+    int8 as nodes, and refuses a recurrent layer whose weights are no constants. What is dequantized from int32 it
+    folds."""
     to = {"to": ir().DataType.INT32}
     value = add_node(node, "Cast", [value], f"{name}_wide", to)
     if integers.zero_point.any():

@@ -42,8 +42,9 @@ class CIRKD:
 
     Labels are the batch's (`labels` gives others), taken at the nearest position of the features; `ignore` is no class.
     Time and memory grow with (images x positions)²: `pool` averages so many positions a side before images are compared
-    with one another. Each labelled position is an anchor of the memory losses, and costs what it is compared with. Where widths differ, or with `project` True, the student is projected by one linear map, without
-    the normalization and second layer of the authors' code.
+    with one another. Each labelled position is an anchor of the memory losses, and costs what it is compared with.
+    Where widths differ, or with `project` True, the student is projected by one linear map, without the normalization
+    and second layer of the authors' code.
 
     Raises `OptionError` for an option out of range, and `DataError` at a label that is no class and not ignored.
 

@@ -32,9 +32,9 @@ Forward = Callable[[Any, Any], Any]
 class Distill:
     """What is imitated, of whom: losses (one or several, each times its weight), the teacher, and how logits are found.
 
-    Saves nothing by itself: it makes a pruned or smaller network better. Without `teacher`, `Train` takes the task's own
-    model, which no stage changes. `outputs` finds the logits in what both models answer; without it they are a tensor,
-    or `logits` or `out` of a dict or dataclass.
+    Saves nothing by itself: it makes a pruned or smaller network better. Without `teacher`, `Train` takes the task's
+    own model, which no stage changes. `outputs` finds the logits in what both models answer; without it they are a
+    tensor, or `logits` or `out` of a dict or dataclass.
 
     Raises `OptionError` for what is no loss.
 

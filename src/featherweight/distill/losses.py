@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """What a student is compared with its teacher by: pure functions of two tensors, each a scalar.
 
-The teacher's tensor comes first in every divergence, KL(teacher || student), since it is the one that is to be imitated,
-and second in every signature, since the student's is the one that has gradients. Half precision is widened: a softmax
-over ten thousand positions does not fit into it.
+The teacher's tensor comes first in every divergence, KL(teacher || student), since it is the one that is to be
+imitated, and second in every signature, since the student's is the one that has gradients. Half precision is widened: a
+softmax over ten thousand positions does not fit into it.
 """
 
 from __future__ import annotations
@@ -90,8 +90,8 @@ def cross_image(student: Tensor, teacher: Tensor, temperature: float = 0.1) -> T
 def memory(student: Tensor, teacher: Tensor, contrast: Tensor, temperature: float = 0.1) -> Tensor:
     """CIRKD's memory losses: how each anchor lies to remembered embeddings of the teacher, in student and teacher.
 
-    1/A Σ_a KL(softmax(T Vᵀ / τ)_a || softmax(S Vᵀ / τ)_a) for anchors (A, d) and a memory V (K, d), all of length 1 (Yang
-    et al. 2022, arXiv 2204.06986, equations 8 to 11: V holds pixels, or regions). Zero without anchors or memory.
+    1/A Σ_a KL(softmax(T Vᵀ / τ)_a || softmax(S Vᵀ / τ)_a) for anchors (A, d) and a memory V (K, d), all of length 1
+    (Yang et al. 2022, arXiv 2204.06986, equations 8 to 11: V holds pixels, or regions). Zero without anchors or memory.
     """
     student, teacher, contrast = _full(student), _full(teacher), _full(contrast)
     if not len(student) or not len(contrast):

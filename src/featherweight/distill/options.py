@@ -77,9 +77,9 @@ class KL:
 class CWD:
     """Channel-wise distillation of logits or feature maps: T² / C Σ_c KL of the channels' softmax over all positions.
 
-    For dense prediction, segmentation above all (Shu et al. 2021, arXiv 2011.13256): it says where each class or channel
-    answers. Saves nothing by itself. The paper's weights are 3 on logits, which is the default, and 50 on feature maps.
-    Where channels differ, a projection is learned (`project` False refuses, True always has one).
+    For dense prediction, segmentation above all (Shu et al. 2021, arXiv 2011.13256): it says where each class or
+    channel answers. Saves nothing by itself. The paper's weights are 3 on logits, which is the default, and 50 on
+    feature maps. Where channels differ, a projection is learned (`project` False refuses, True always has one).
 
     >>> CWD(layers="backbone.layer4", weight=50.0).temperature
     4.0
@@ -110,8 +110,8 @@ class CWD:
 class Features:
     """Features of tapped modules: mean squared error (FitNets, arXiv 1412.6550), or 1 - cosine on the channel axis.
 
-    Saves nothing by itself. `mse` depends on the scale of the features, `cosine` does not. Where widths differ, a linear
-    map from the student's to the teacher's is trained along and dropped at the end.
+    Saves nothing by itself. `mse` depends on the scale of the features, `cosine` does not. Where widths differ, a
+    linear map from the student's to the teacher's is trained along and dropped at the end.
 
     >>> Features({"layer3": "layer3"}, kind="cosine", weight=0.5).kind
     'cosine'

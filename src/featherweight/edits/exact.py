@@ -226,7 +226,8 @@ def double(model: nn.Module) -> nn.Module:
     memo: dict[int, Any] = {}
     for module in model.modules():
         for value in vars(module).values():
-            # What weight_norm leaves in `weight` has a history, which deepcopy refuses; it is computed anew at each call.
+            # What weight_norm leaves in `weight` has a history, which deepcopy refuses; it is computed anew at each
+            # call.
             if isinstance(value, Tensor) and value.grad_fn is not None:
                 memo[id(value)] = value.detach().clone()
     try:

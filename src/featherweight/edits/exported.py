@@ -46,8 +46,8 @@ def cut_exported(
     rewritten. Saves what the couplings cost, in ONNX Runtime, OpenVINO and wherever the program runs. It does not give
     back your class: the result is an `nn.Module` in eval mode for inputs of this shape; save it by `export_onnx`.
 
-    Raises `EditError` for couplings that are unknown or empty a group, `GraphError` for a model that cannot be exported or
-    an operation whose sizes cannot be told, `VerifyError` where the program does not answer as the masked model.
+    Raises `EditError` for couplings that are unknown or empty a group, `GraphError` for a model that cannot be exported
+    or an operation whose sizes cannot be told, `VerifyError` where the program does not answer as the masked model.
 
     >>> import torch
     >>> class Fixed(nn.Module):

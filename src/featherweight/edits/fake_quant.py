@@ -29,8 +29,8 @@ class FakeQuantize(nn.Module):
     """x -> scale * (clamp(round(x / scale) + zero_point) - zero_point), with the straight-through gradient.
 
     Integers run from -2^(b-1) to 2^(b-1) - 1, halves round to even, and zero is always on the grid, since `zero_point`
-    is one of the integers. A symmetric grid has zero_point 0. `scale` and `zero_point` are buffers of one element; a new
-    grid has scale 1. The gradient is 1 where x is within the grid's range and 0 outside it; NaN stays NaN. What is
+    is one of the integers. A symmetric grid has zero_point 0. `scale` and `zero_point` are buffers of one element; a
+    new grid has scale 1. The gradient is 1 where x is within the grid's range and 0 outside it; NaN stays NaN. What is
     outside saturates; `saturation` counts it.
 
     `dynamic` takes the grid of each call's own range (zero included), as runtimes do that quantize inputs as they

@@ -2,7 +2,8 @@
 """`fold`: a BatchNorm goes into the layer whose output it reads. Saves the norm's parameters and time.
 
 In evaluation y = γ (W x + b - μ) / √(σ² + ε) + β is one affine map: W' = γ / √(σ² + ε) · W by output channel, and
-b' = β + γ (b - μ) / √(σ² + ε) (Krishnamoorthi 2018, arXiv 1806.08342, section 3.2.2). Computed in float64 and rounded once.
+b' = β + γ (b - μ) / √(σ² + ε) (Krishnamoorthi 2018, arXiv 1806.08342, section 3.2.2). Computed in float64 and rounded
+once.
 """
 
 from __future__ import annotations
@@ -28,8 +29,8 @@ _NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
 def apply_fold(model: nn.Module, edit: Fold) -> None:
     """Scales the layer's weight, sets its bias, and puts an Identity in the norm's place.
 
-    Exact but for one rounding of each number. Raises `EditError` where the two do not fit, or where either is shared, so
-    that a second user of it would change.
+    Exact but for one rounding of each number. Raises `EditError` where the two do not fit, or where either is shared,
+    so that a second user of it would change.
     """
     layer, norm = find_module(model, edit.layer), find_replaceable(model, edit.norm)
     if reason := _misfit(model, layer, norm):

@@ -26,9 +26,9 @@ class Factorize:
     """Splits each `torch.nn.Linear` that `layers` (globs) names at `rank`, by truncated SVD.
 
     Saves parameters, bytes and MACs everywhere, if rank < out * in / (out + in); a rank above that is an error, since
-    it would make the model larger. Saves nothing in accuracy: fine-tune after. Raises `OptionError` for such a rank, for
-    a layer that an earlier stage made sparse or put on a grid (either would be lost) and for one that is tied to another (the tie
-    would be lost), `NothingToCompress` for a glob without a match.
+    it would make the model larger. Saves nothing in accuracy: fine-tune after. Raises `OptionError` for such a rank,
+    for a layer that an earlier stage made sparse or put on a grid (either would be lost) and for one that is tied to
+    another (the tie would be lost), `NothingToCompress` for a glob without a match.
 
     >>> task = Task(nn.Sequential(nn.Linear(20, 30)), (torch.zeros(1, 20),))
     >>> Factorize(rank=4)(task.model, task, Stage())

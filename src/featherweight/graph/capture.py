@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """A model's forward as a graph of ATen ops: by torch.export, or, where that fails, by recording one eager forward.
 
-Both are taken before autograd and before decomposition, so that conv, linear, norms, LSTM and attention are single ops and
-the rules are one set. A recording follows the branches that the given inputs take; it says so where they depend on data.
+Both are taken before autograd and before decomposition, so that conv, linear, norms, LSTM and attention are single ops
+and the rules are one set. A recording follows the branches that the given inputs take; it says so where they depend on
+data.
 """
 
 from __future__ import annotations

@@ -35,8 +35,8 @@ def trace(
     says what is cut of attention: whole `heads`, or the same positions of all heads (`dims`). The walk over the graph
     takes time linear in its size; with torch.export's own time it may take `seconds`, then it is stopped.
 
-    The algorithm is Comb's (Comb, Prune, Distill, arXiv 2408.03046) on labels: every channel that a layer makes has one,
-    data movement is executed on them, and what meets position by position becomes one class. An op without a rule
+    The algorithm is Comb's (Comb, Prune, Distill, arXiv 2408.03046) on labels: every channel that a layer makes has
+    one, data movement is executed on them, and what meets position by position becomes one class. An op without a rule
     freezes what it touches. Saves nothing by itself: `cut` does.
 
     Raises `GraphError` for a model that does not run on the inputs, and when time is up.

@@ -3,8 +3,8 @@
 
 A coupling is the smallest thing that can be cut: the positions, on all axes of all tensors, that must go together.
 Couplings that are alike (the same axes, the same number of positions on each) form a group, such as the channels of one
-stage of a ResNet. Sizes, MACs, parameters and memory are products of axes, and an axis is linear in how many couplings of
-each group are kept; so they are counted here without running anything.
+stage of a ResNet. Sizes, MACs, parameters and memory are products of axes, and an axis is linear in how many couplings
+of each group are kept; so they are counted here without running anything.
 """
 
 from __future__ import annotations
@@ -45,9 +45,9 @@ class Member:
     """One axis of one tensor that loses positions when couplings of its group are cut.
 
     `tensor` is named as in `state_dict` (of tied tensors the first name). `role` says what the axis is to its layer:
-    `output` (made by it: a weight's rows, its bias), `input` (contracted by it) or `scale` (multiplied or added channel by
-    channel: norms, layer scales, position embeddings). `positions` is (group size, k): row i holds the k positions of
-    coupling i.
+    `output` (made by it: a weight's rows, its bias), `input` (contracted by it) or `scale` (multiplied or added channel
+    by channel: norms, layer scales, position embeddings). `positions` is (group size, k): row i holds the k positions
+    of coupling i.
     """
 
     tensor: str
@@ -60,8 +60,8 @@ class Member:
 class Group:
     """Couplings that are alike; a sequence of them.
 
-    `kind` is `heads` where a coupling is a whole attention head, else `channels`. `statistics` lists the norms and means
-    over these channels, whose results change when one is cut; where it is empty, a cut is exact.
+    `kind` is `heads` where a coupling is a whole attention head, else `channels`. `statistics` lists the norms and
+    means over these channels, whose results change when one is cut; where it is empty, a cut is exact.
 
     >>> import numpy as np
     >>> group = Group("fc", 3, (Member("fc.weight", 0, "output", np.arange(3)[:, None]),))
@@ -124,7 +124,8 @@ class Op:
     """One operation of the graph, with sizes that follow from what is kept.
 
     `layer` is the module in whose forward it stands ("" is the model). `output` are its output's axes (of several
-    tensors the first one's). `macs` is a coefficient and the sizes that it is multiplied by; (0, ()) where there are none.
+    tensors the first one's). `macs` is a coefficient and the sizes that it is multiplied by; (0, ()) where there are
+    none.
     """
 
     layer: str
@@ -139,8 +140,8 @@ class Op:
 class Trace:
     """Which channels and heads of a model can be cut, which cannot and why, and what is left after a cut.
 
-    `coverage` is the share of the parameters in weights of layers (conv, linear, embedding, recurrent) that some coupling
-    would take along. `front` says how the graph was had: `export`, or `recorded` from one forward where export
+    `coverage` is the share of the parameters in weights of layers (conv, linear, embedding, recurrent) that some
+    coupling would take along. `front` says how the graph was had: `export`, or `recorded` from one forward where export
     failed (`notes` say why). `shapes` are those of all tensors when traced; after a cut the trace is stale. `macs`,
     `parameters` and `memory` take how many couplings are kept by group, and count what would be left without running.
 

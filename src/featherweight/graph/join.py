@@ -26,8 +26,8 @@ class Value:
     """A tensor of the graph: its shape, and its planes of labels.
 
     `uniform` is for tensors of one value throughout that are made to size (zeros, ones): they fit whatever they meet.
-    `fits` are the axes along which it is one position expanded, which fits too. `tensor` names the tensor of the model that
-    it is, or is moved data of.
+    `fits` are the axes along which it is one position expanded, which fits too. `tensor` names the tensor of the model
+    that it is, or is moved data of.
     """
 
     shape: tuple[int, ...]
@@ -144,7 +144,8 @@ class Join:
     ) -> tuple[Value, dict[str, tuple[int, int, Planes]]]:
         """A sum of products in Einstein's notation, one letter an axis.
 
-        Gives the output, and for each letter its extent and the planes along it (what sizes of the operation follow from).
+        Gives the output, and for each letter its extent and the planes along it (what sizes of the operation follow
+        from).
         """
         extents: dict[str, int] = {}
         for value, word in zip(operands, letters, strict=True):

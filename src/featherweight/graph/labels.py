@@ -2,11 +2,12 @@
 """Labels: position by position, which channel is this? And the union-find that says which channels are one.
 
 A label is a whole number; 0 stands for "no channel". A tensor carries **planes**: each is a tensor of labels of the
-tensor's own rank, with size 1 along every axis on which it does not vary. One plane says which channel a position belongs
-to along one axis (a conv's output varies along axis 1); a weight has one plane an axis; and a product of two labelled
-axes, such as channels x hidden tokens of a mixer, is simply two planes. Straight after a view, a plane may vary along
-several axes (heads x positions in a head): what removes a channel must leave a tensor rectangular, so such a plane is
-brought down to one axis as soon as an operation needs to know which (`settle`), and all that are left at the end.
+tensor's own rank, with size 1 along every axis on which it does not vary. One plane says which channel a position
+belongs to along one axis (a conv's output varies along axis 1); a weight has one plane an axis; and a product of two
+labelled axes, such as channels x hidden tokens of a mixer, is simply two planes. Straight after a view, a plane may
+vary along several axes (heads x positions in a head): what removes a channel must leave a tensor rectangular, so such a
+plane is brought down to one axis as soon as an operation needs to know which (`settle`), and all that are left at the
+end.
 
 Labels are frozen rather than joined to 0, so that each remembers what froze it first.
 """

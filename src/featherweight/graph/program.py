@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """A cut carried out on the exported program, where every constant is a node: the way for code that no attribute mends.
 
-What numbers in a model's code fix (`view(b, n, 12, 64)`) stands in the graph as an argument, and labels say what it must
-become. The result answers as the cut model would, and is terminal: a program of this one input shape, for ONNX.
+What numbers in a model's code fix (`view(b, n, 12, 64)`) stands in the graph as an argument, and labels say what it
+must become. The result answers as the cut model would, and is terminal: a program of this one input shape, for ONNX.
 """
 
 from __future__ import annotations

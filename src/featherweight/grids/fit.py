@@ -24,9 +24,9 @@ _TINY = torch.finfo(torch.float32).tiny
 def fit_grid(W: Tensor, spec: GridSpec, importance: Tensor | None = None) -> Grid:
     """The grid of a kind that fits W (rows, d) best by itself; `importance` (d,) weighs columns, 1 if not given.
 
-    Saves 32 / bits of the weights' bytes before scales; a runtime must know the format to gain speed. A chunk of nothing
-    but zeros, or of values too small for a float32 scale, gets scale 1 (at one bit, which has no zero: the smallest
-    normal float32). Raises `NumericalError` for NaN or infinity.
+    Saves 32 / bits of the weights' bytes before scales; a runtime must know the format to gain speed. A chunk of
+    nothing but zeros, or of values too small for a float32 scale, gets scale 1 (at one bit, which has no zero: the
+    smallest normal float32). Raises `NumericalError` for NaN or infinity.
 
     >>> W = torch.tensor([[0.0, 1.0, 2.0, 3.0]])
     >>> grid = fit_grid(W, GridSpec(bits=2, search="minmax"))

@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """A grid as plain data: scales and zero points per channel (a row of the weight) or per chunk of its columns.
 
-A value is scale · (q - zero_point) with an integer q from -2^(b-1) to 2^(b-1) - 1. `zero_point` is one of those integers,
-so zero is always on the grid and a pruned weight stays exactly zero. A symmetric grid has zero_point 0. Scales are float32,
-as formats store them: what is decoded later equals what was solved for, to the last bit.
+A value is scale · (q - zero_point) with an integer q from -2^(b-1) to 2^(b-1) - 1. `zero_point` is one of those
+integers, so zero is always on the grid and a pruned weight stays exactly zero. A symmetric grid has zero_point 0.
+Scales are float32, as formats store them: what is decoded later equals what was solved for, to the last bit.
 
-One bit is a case of its own (Rastegari et al. 2016, XNOR-Net): scale · (2q + 1), plus or minus the scale. It has no zero, so
-a method must refuse it for a weight that was pruned.
+One bit is a case of its own (Rastegari et al. 2016, XNOR-Net): scale · (2q + 1), plus or minus the scale. It has no
+zero, so a method must refuse it for a weight that was pruned.
 """
 
 from __future__ import annotations
@@ -79,12 +79,12 @@ class GridSpec:
     """What a grid is to be: `bits` (1 to 16), symmetric or not, and how many columns share a scale (None: the whole row).
 
     How far its range goes is the `search`'s to say. `minmax` covers all values. `percentile` covers those between the
-    100 - `percentile`-th and the `percentile`-th of each chunk (symmetric: that percentile of the magnitudes), with linear
-    interpolation as NumPy's. `mse` shrinks the range of all, in steps of a hundredth down to a fifth, to where
-    Σ importance · |w - nearest(w)|^norm is least (the search and norm of OBC).
+    100 - `percentile`-th and the `percentile`-th of each chunk (symmetric: that percentile of the magnitudes), with
+    linear interpolation as NumPy's. `mse` shrinks the range of all, in steps of a hundredth down to a fifth, to where Σ
+    importance · |w - nearest(w)|^norm is least (the search and norm of OBC).
 
-    One bit takes scale = Σ importance · |w| / Σ importance, the mean magnitude (Rastegari et al. 2016, eq. 6), whatever the
-    search; it has no zero, and refuses none.
+    One bit takes scale = Σ importance · |w| / Σ importance, the mean magnitude (Rastegari et al. 2016, eq. 6), whatever
+    the search; it has no zero, and refuses none.
     """
 
     bits: int

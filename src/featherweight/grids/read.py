@@ -1,18 +1,18 @@
 # SPDX-License-Identifier: Apache-2.0
 """The grid that values lie on to the last bit, found from the values alone.
 
-Every value of a row is fl(s k) for one scale s and integers k. The least magnitude a of a row is j·s for some small integer
-j, and the range of the row allows few such j: an ordinary row of 768 floats has none at 8 bits, one on a grid nearly
-always has j = 1. For each j from 1 on, s is a / j to within the rounding of a, so k = round(w j / a) wherever that
-rounding is below half a step; the first j for which all w j / a are that close to integers gives the coarsest grid. Each k
-then bounds s by the half-units above and below w; what is in all these intervals is one float32 or a few, of which the
-one with most trailing zeros is taken. The grid is then rounded to and compared, bit for bit: what is returned is never
-wrong.
+Every value of a row is fl(s k) for one scale s and integers k. The least magnitude a of a row is j·s for some small
+integer j, and the range of the row allows few such j: an ordinary row of 768 floats has none at 8 bits, one on a grid
+nearly always has j = 1. For each j from 1 on, s is a / j to within the rounding of a, so k = round(w j / a) wherever
+that rounding is below half a step; the first j for which all w j / a are that close to integers gives the coarsest
+grid. Each k then bounds s by the half-units above and below w; what is in all these intervals is one float32 or a few,
+of which the one with most trailing zeros is taken. The grid is then rounded to and compared, bit for bit: what is
+returned is never wrong.
 
 What can be missed: a value w = k s that is known to a relative u only (2^-24 in float32, 2^-11 in float16, 2^-8 in
-bfloat16) tells k where 2 u k < 1/2, which holds for all 16 bits in float32. In half precisions the scale is narrowed down
-by small k before large k are read, as far as the type's own precision goes: 11 bits in float16, 8 in bfloat16, where a few
-grids of 7 and 8 bits are not found because k stays ambiguous.
+bfloat16) tells k where 2 u k < 1/2, which holds for all 16 bits in float32. In half precisions the scale is narrowed
+down by small k before large k are read, as far as the type's own precision goes: 11 bits in float16, 8 in bfloat16,
+where a few grids of 7 and 8 bits are not found because k stays ambiguous.
 """
 
 from __future__ import annotations
@@ -44,13 +44,13 @@ _UNIT = {torch.float16: 2.0**-11, torch.bfloat16: 2.0**-8, torch.float32: 2.0**-
 def read_grid(W: Tensor, *, most_bits: int = 8, chunk: int | None = None) -> Grid | None:
     """The coarsest grid of at most `most_bits` (1 to 16) that all of W (rows, d) lies on, or None where there is none.
 
-    One scale per row, or per `chunk` columns of it. W is on it to the last bit: `grid.nearest(W)` is W, but for the sign of
-    zeros, which a grid has not. `bits` are the fewest that hold every row's integers; zero points are 0 where that takes
-    no more bits. Rows whose integers share a factor come back with a larger scale and smaller integers; a row of zeros
-    has scale 1. One bit is found where no value is zero and each chunk has one magnitude.
+    One scale per row, or per `chunk` columns of it. W is on it to the last bit: `grid.nearest(W)` is W, but for the
+    sign of zeros, which a grid has not. `bits` are the fewest that hold every row's integers; zero points are 0 where
+    that takes no more bits. Rows whose integers share a factor come back with a larger scale and smaller integers; a
+    row of zeros has scale 1. One bit is found where no value is zero and each chunk has one magnitude.
 
-    Ordinary floats are told from a few rows, at once; 22 million values on a grid take about a second. A row of one or two
-    magnitudes is on many grids, by chance: what it is worth to store it so is for the caller to count.
+    Ordinary floats are told from a few rows, at once; 22 million values on a grid take about a second. A row of one or
+    two magnitudes is on many grids, by chance: what it is worth to store it so is for the caller to count.
 
     >>> W = torch.tensor([[0.5, -1.5, 0.0], [0.0, 0.2, 0.1]])
     >>> grid = read_grid(W)

@@ -32,7 +32,8 @@ Take = Callable[["Use", int, list[Input]], None]  # a use, the number of its cal
 class Use:
     """A parameter at work: `module` (hooked by its name in the model) reads it under the name `leaf`.
 
-    `form` says along which axes the parameter is read: uses of one tied parameter agree in it, or cannot be one problem.
+    `form` says along which axes the parameter is read: uses of one tied parameter agree in it, or cannot be one
+    problem.
     """
 
     name: str

@@ -2,8 +2,8 @@
 """One wide weight's inputs, and what its outputs still lack, held in memory: statistics of its blocks without the model.
 
 Solving a weight in blocks asks for statistics once a block, and streaming would run both models each time. What they
-depend on is small where d is large: the input, taps times smaller than its patches, and the gap Y - W X, as many numbers
-as outputs. When a block's weights change, only that block's share of the gap is computed anew.
+depend on is small where d is large: the input, taps times smaller than its patches, and the gap Y - W X, as many
+numbers as outputs. When a block's weights change, only that block's share of the gap is computed anew.
 """
 
 from __future__ import annotations
@@ -91,8 +91,9 @@ def hold(
 ) -> Held | None:
     """Runs both models once and holds a weight's inputs and gaps; None where they take more than `most_bytes`.
 
-    Without a `reference` the model as it is now is what is to be answered, and only that is run. For weights that read one input a call: not for fused attention projections, whose parts read three, nor embeddings.
-    Also None where the data never reached it.
+    Without a `reference` the model as it is now is what is to be answered, and only that is run. For weights that read
+    one input a call: not for fused attention projections, whose parts read three, nor embeddings. Also None where the
+    data never reached it.
 
     >>> import torch
     >>> from featherweight.layers import problems

@@ -88,7 +88,8 @@ def keep_by_name(
 ) -> None:
     """Notes in `kept` what the globs of `layers` do not name, what those of `keep` do, and bare parameters.
 
-    `targets` are options that may name layers too, each with its globs: a weight that one of them does not name is kept.
+    `targets` are options that may name layers too, each with its globs: a weight that one of them does not name is
+    kept.
     """
     named_by = [*layers, *(glob for globs in targets.values() for glob in globs)]
     for weight in found:

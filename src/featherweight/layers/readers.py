@@ -25,7 +25,8 @@ __all__ = ["Op", "Passage", "Readers", "read_by"]
 class Op:
     """One operation: its name (`convolution`, `relu`...), the modules in whose forwards it ran (outermost first), its tensors.
 
-    Tensors go by numbers, each tensor object of the forward one; what an operation changes in place is among its results.
+    Tensors go by numbers, each tensor object of the forward one; what an operation changes in place is among its
+    results.
     """
 
     name: str

@@ -16,8 +16,8 @@ from featherweight.layers.sliding import Slides, sliding_axis
 
 __all__ = ["Counts", "Sums"]
 
-# Numbers in one chunk of patches: 4 MiB of float32, which a cache holds; more where that would be less than two products,
-# but 64 MiB at most.
+# Numbers in one chunk of patches: 4 MiB of float32, which a cache holds; more where that would be less than two
+# products, but 64 MiB at most.
 _CHUNK, _MOST = 1 << 20, 1 << 24
 
 

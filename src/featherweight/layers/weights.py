@@ -26,8 +26,9 @@ _EMBEDDING = (nn.Embedding, nn.EmbeddingBag)
 class Weight:
     """One weight tensor by its canonical name (the first of its names in the model), once however often it is tied.
 
-    `kind` is linear, transposed linear (stored in x out), conv, transposed conv, embedding, recurrent, attention or bare
-    (a parameter that a module of an unknown type holds itself). `groups` is the number of conv groups. `aliases` are its other names.
+    `kind` is linear, transposed linear (stored in x out), conv, transposed conv, embedding, recurrent, attention or
+    bare (a parameter that a module of an unknown type holds itself). `groups` is the number of conv groups. `aliases`
+    are its other names.
     """
 
     name: str

@@ -2,7 +2,8 @@
 """A copy of a model to run and take apart, so that the user's own is never touched.
 
 The copy shares the parameters (no memory, and what is measured is what will be shipped) and owns everything else:
-modules, training flags, buffers and Python attributes. A forward that counts its calls or moves a buffer moves the copy's.
+modules, training flags, buffers and Python attributes. A forward that counts its calls or moves a buffer moves the
+copy's.
 """
 
 from __future__ import annotations
@@ -39,7 +40,8 @@ def eval_copy(model: nn.Module) -> nn.Module:
         shared[id(parameter)] = parameter
     for module in model.modules():
         for value in vars(module).values():
-            # What weight_norm leaves in `weight` has a history, which deepcopy refuses; it is computed anew at each call.
+            # What weight_norm leaves in `weight` has a history, which deepcopy refuses; it is computed anew at each
+            # call.
             if isinstance(value, Tensor) and value.grad_fn is not None:
                 shared[id(value)] = value
     try:

@@ -50,9 +50,10 @@ class Counts:
     `macs` are multiply-adds of one forward on the example inputs as they are, batch and all. `bops` are bits x MACs of
     non-zero weights, a weight on a grid by the grid's bits, and where a layer's input has one times its bits / 32 (a
     proxy: no stock runtime gains by zeros); products of two activations count in full. `bits` is the mean over all
-    entries of weights of what each takes, `input_bits` the fewest of a grid on a layer's input, None for none. `dense_bytes`
-    is the state dict's, each tensor once. `peak_memory_bytes` is described in `featherweight.measure.memory`.
-    `uncounted` names ops that did work that no formula covers; with any, `macs` is a lower bound.
+    entries of weights of what each takes, `input_bits` the fewest of a grid on a layer's input, None for none.
+    `dense_bytes` is the state dict's, each tensor once. `peak_memory_bytes` is described in
+    `featherweight.measure.memory`. `uncounted` names ops that did work that no formula covers; with any, `macs` is a
+    lower bound.
     """
 
     parameters: int
@@ -70,8 +71,9 @@ class Counts:
 def count(model: nn.Module, example_inputs: tuple[Any, ...], formats: Mapping[str, str] | None = None) -> Counts:
     """Counts a model by running a copy of it in eval mode, twice. The model and torch's random state stay as they were.
 
-    `formats` are a plan's hints: how many columns of a weight share a scale, what has a codebook. Element-wise ops, norms, softmax, pooling and look-ups have no multiply-adds by convention, biases none either.
-    Raises `DataError` if the model does not take the inputs, `OptionError` if it cannot be copied.
+    `formats` are a plan's hints: how many columns of a weight share a scale, what has a codebook. Element-wise ops,
+    norms, softmax, pooling and look-ups have no multiply-adds by convention, biases none either. Raises `DataError` if
+    the model does not take the inputs, `OptionError` if it cannot be copied.
 
     >>> counts = count(nn.Sequential(nn.Conv2d(1, 4, 3), nn.ReLU()), (torch.zeros(1, 1, 8, 8),))
     >>> counts.parameters, counts.macs == 4 * 9 * 6 * 6, [layer.name for layer in counts.layers]

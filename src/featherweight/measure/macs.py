@@ -6,8 +6,8 @@ scaled_dot_product_attention, in MultiheadAttention's fast path and in a matrix 
 formulas too, the fast path is off while counting, and what had work to do but no formula is listed, never guessed.
 
 Each product also knows whether an operand is made of weights alone (a parameter, a view of one, a mask times one): the
-share of its non-zeros, and the bits of the grids that weight and input lie on, are what BOPs are counted from. Products of
-activations count in full.
+share of its non-zeros, and the bits of the grids that weight and input lie on, are what BOPs are counted from. Products
+of activations count in full.
 """
 
 from __future__ import annotations

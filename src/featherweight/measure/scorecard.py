@@ -24,8 +24,9 @@ class Scorecard:
     """What was measured of one model; it knows nothing of how the model came about. None: not measured.
 
     Counts are those of `count`; `bits` is how many each number of a weight takes, on average, and `input_bits` how many
-    the grids on inputs of layers have, None where there are none. `packed_bytes` is the packed file's size, `gzip_bytes` the size of the dense weights
-    through gzip, for comparison. `latency` is by runtime; `metric` the user's own figure on `samples` examples.
+    the grids on inputs of layers have, None where there are none. `packed_bytes` is the packed file's size,
+    `gzip_bytes` the size of the dense weights through gzip, for comparison. `latency` is by runtime; `metric` the
+    user's own figure on `samples` examples.
 
     >>> card = Scorecard(10, 5, 100, 1600, 40)
     >>> Scorecard.from_dict(card.to_dict()) == card

@@ -3,13 +3,14 @@
 
 As in DeepCABAC (Wiedemann et al. 2020, arXiv 1907.11900) a number is decisions: is it zero, its sign, is its magnitude
 above 1, above 2, and so on, each coded at the chance that contexts give it. The chance is not looked up under a joint
-context but is a logistic regression: the logits of four contexts add up, say of the column, of the row, of the neighbours
-and of the tensor, and after each decision every one of them takes a step of Newton's method for its own part,
+context but is a logistic regression: the logits of four contexts add up, say of the column, of the row, of the
+neighbours and of the tensor, and after each decision every one of them takes a step of Newton's method for its own
+part,
 
     p = 1 / (1 + exp(-(a + b + c + d))),   h += p (1 - p),   a += RATE (bit - p) / h,
 
-so that few weights teach it much. Neighbours are the numbers before and, at a distance `period` that the encoder finds in
-the weight, "above": the pixel over this one in a layer on images, the row over this one in a kernel.
+so that few weights teach it much. Neighbours are the numbers before and, at a distance `period` that the encoder finds
+in the weight, "above": the pixel over this one in a layer on images, the row over this one in a kernel.
 
 Everything is IEEE double arithmetic in a fixed order and a table of integers, so that each machine decodes the same.
 """

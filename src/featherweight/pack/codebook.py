@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Few distinct values as a table of them, and an index for each element. Size: ceil(N * w / 8) + E * v bytes.
 
-E entries of v bytes take indices of w = ceil(log2 E) bits, at least 1. Zero is an entry like any other, so that what was
-pruned before it was clustered stays so. `entropy` takes fewer bits where some values are more frequent than others.
+E entries of v bytes take indices of w = ceil(log2 E) bits, at least 1. Zero is an entry like any other, so that what
+was pruned before it was clustered stays so. `entropy` takes fewer bits where some values are more frequent than others.
 """
 
 from __future__ import annotations

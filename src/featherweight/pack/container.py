@@ -44,9 +44,10 @@ def save_file(
     """Writes each tensor in its smallest exact form, and says which form and how many bytes that is.
 
     Saves disk space and nothing else: loading gives the dense tensors back, equal to the last bit. A codec is chosen
-    only after its parts were decoded again and compared. `hints` adds a codec to those that are tried ("nm:2:4:1": keeps
-    2 of 4 along axis 1; Zhu & Gupta's CSR(C), bitmask and dense need none). `ties` maps further names of a tensor to the
-    name under which it is in `tensors`. The file is an ordinary safetensors file; tensors on a GPU come over one by one.
+    only after its parts were decoded again and compared. `hints` adds a codec to those that are tried ("nm:2:4:1":
+    keeps 2 of 4 along axis 1; Zhu & Gupta's CSR(C), bitmask and dense need none). `ties` maps further names of a tensor
+    to the name under which it is in `tensors`. The file is an ordinary safetensors file; tensors on a GPU come over one
+    by one.
 
     Raises `ArtefactError`, with an older file at `path` left as it was, for a path that cannot be written, a full disk,
     a tensor without plain values, or names that contradict each other.

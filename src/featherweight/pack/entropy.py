@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """Tensors on a grid or a codebook, entropy-coded: near the information that their numbers hold, in a single part.
 
-The numbers (`symbols`) are written densely, or, for pruned weights, as Deep Compression does (Han et al. 2016): how many
-zeros stand before each non-zero, and which number it is; whichever takes fewer bytes. `huffman` and `rans` have static
-tables and decode at memory-like speed in NumPy; `adaptive` learns its statistics on the way, in contexts of neighbours,
-rows and columns, and is the smallest and the slowest. All that a tensor needs stands in one part, since a part's entry in
-the header takes 80 bytes, more than many a bias.
+The numbers (`symbols`) are written densely, or, for pruned weights, as Deep Compression does (Han et al. 2016): how
+many zeros stand before each non-zero, and which number it is; whichever takes fewer bytes. `huffman` and `rans` have
+static tables and decode at memory-like speed in NumPy; `adaptive` learns its statistics on the way, in contexts of
+neighbours, rows and columns, and is the smallest and the slowest. All that a tensor needs stands in one part, since a
+part's entry in the header takes 80 bytes, more than many a bias.
 """
 
 from __future__ import annotations
@@ -45,9 +45,9 @@ _TYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)  # by num
 def propose(source: Source, hint: tuple[str, ...]) -> Iterator[tuple[str, int]]:
     """True sizes: of the view that the static coders make least of, and of those with few levels for `adaptive`.
 
-    What was encoded to know is kept until it is written. `adaptive` is tried where the hint ends in its name, and on small
-    tensors, where it must save what its slowness costs. Huffman codes are not tried on large ones: there a table is
-    nothing, and rANS is closer to the entropy.
+    What was encoded to know is kept until it is written. `adaptive` is tried where the hint ends in its name, and on
+    small tensors, where it must save what its slowness costs. Huffman codes are not tried on large ones: there a table
+    is nothing, and rANS is closer to the entropy.
     """
     views = sorted(symbols(source), key=_information)
     if not views or _information(views[0]) >= source.spec.length * source.width:

@@ -2,10 +2,10 @@
 """Canonical Huffman codes over interleaved lanes: whole bits a symbol, the shortest tables, decoded by NumPy.
 
 Deep Compression's coder (Han et al. 2016). Only the lengths of the codes are kept: codes of one length are consecutive
-numbers in the order of their symbols (Moffat & Turpin 1997), and no length is over 15, by the package-merge algorithm of
-Larmore & Hirschberg 1990, which is optimal under that limit. Symbol i goes to lane i mod L, each lane is a stream of bits
-from the lowest on, and the lanes' 16-bit words stand in the order in which decoding all lanes at once comes to need them.
-A lane so costs two bytes and no table of places.
+numbers in the order of their symbols (Moffat & Turpin 1997), and no length is over 15, by the package-merge algorithm
+of Larmore & Hirschberg 1990, which is optimal under that limit. Symbol i goes to lane i mod L, each lane is a stream of
+bits from the lowest on, and the lanes' 16-bit words stand in the order in which decoding all lanes at once comes to
+need them. A lane so costs two bytes and no table of places.
 """
 
 from __future__ import annotations

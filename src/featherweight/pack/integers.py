@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Values on a grid as integers of b bits, with a scale for all, for each row or for each chunk (`layout`).
 
-Size: ceil(b * (N + Z) / 8) + S * v bytes, N elements, S scales of v bytes (2 where all are fp16 or bf16 numbers, else 4), Z
-zero points: S, or none where every row's integers lie around zero. Fixed-width fields are no smaller for numbers that are
-frequent; `entropy` is. They are what a kernel would read, and decode the fastest.
+Size: ceil(b * (N + Z) / 8) + S * v bytes, N elements, S scales of v bytes (2 where all are fp16 or bf16 numbers, else
+4), Z zero points: S, or none where every row's integers lie around zero. Fixed-width fields are no smaller for numbers
+that are frequent; `entropy` is. They are what a kernel would read, and decode the fastest.
 """
 
 from __future__ import annotations

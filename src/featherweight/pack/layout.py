@@ -6,8 +6,8 @@ Methods work on weights as rows x columns, rows being outputs and input channels
 
     layout = "all" | axis ["x" groups] ["/" chunk]
 
-Axis 0 is for linear and conv weights, embeddings and recurrent weights; axis 1 for transposed convs, with as many groups as
-the conv has, and for linear layers that are stored as inputs x outputs.
+Axis 0 is for linear and conv weights, embeddings and recurrent weights; axis 1 for transposed convs, with as many
+groups as the conv has, and for linear layers that are stored as inputs x outputs.
 """
 
 from __future__ import annotations

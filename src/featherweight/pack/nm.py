@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """N:M: of every m consecutive entries along one axis at most n are not zero; n values and the number of their pattern.
 
-The C(m, n) patterns are numbered in ceil(log2 C(m, n)) bits: 3 for 2:4, where a bitmask takes 4. Only tried where a hint
-names n, m and the axis; a group with fewer than n non-zeros stores zeros, and one with more rules the codec out.
+The C(m, n) patterns are numbered in ceil(log2 C(m, n)) bits: 3 for 2:4, where a bitmask takes 4. Only tried where a
+hint names n, m and the axis; a group with fewer than n non-zeros stores zeros, and one with more rules the codec out.
 
 Size: G * n * v + ceil(G * w / 8) bytes for G groups, w = ceil(log2 C(m, n)); the axis is padded to a multiple of m.
 """

@@ -2,8 +2,8 @@
 """A binary range coder: decisions and their probabilities as a number, with carries (Martin 1979), in plain Python.
 
 48 bits of state and words of 16, so that the interval never narrows below 2^32 and a decision loses less than a
-ten-thousandth of a bit. One function gives the decisions and takes them back: a model that is written once, around `flip`,
-codes and decodes.
+ten-thousandth of a bit. One function gives the decisions and takes them back: a model that is written once, around
+`flip`, codes and decodes.
 """
 
 from __future__ import annotations

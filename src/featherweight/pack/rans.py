@@ -3,8 +3,9 @@
 
 Asymmetric numeral systems (Duda 2013, arXiv 1311.2540) in the range form: a state x that holds all symbols coded so far
 takes one more, of frequency f out of 2^m that begins at c, by x <- floor(x / f) · 2^m + c + x mod f. Symbol i goes to
-lane i mod L, so that one step of NumPy codes L symbols, and all lanes share one stream of 16-bit words (Giesen 2014, arXiv
-1402.3392). A lane costs some two bytes and a step some ten calls of NumPy: few lanes make small files, many fast ones.
+lane i mod L, so that one step of NumPy codes L symbols, and all lanes share one stream of 16-bit words (Giesen 2014,
+arXiv 1402.3392). A lane costs some two bytes and a step some ten calls of NumPy: few lanes make small files, many fast
+ones.
 
 Each symbol may have a context, known before decoding begins, which selects its row of frequencies.
 """

@@ -6,7 +6,8 @@ first, and the other n - 3 bits stand as they are: their distribution is nearly 
 ISO/IEC 18181-1). So tables stay small for offsets of any length, and lose some hundredths of a bit.
 
 A step of NumPy costs 15 µs however few lanes it has, and a lane two to four bytes. So a stream that stands for `words`
-words of the tensor has as many lanes as make a step for each 256 of them, and no more than make 1024 steps of a small one.
+words of the tensor has as many lanes as make a step for each 256 of them, and no more than make 1024 steps of a small
+one.
 """
 
 from __future__ import annotations

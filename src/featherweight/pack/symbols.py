@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """Tensors as small integers and what they stand for: multiples of scales, or entries of a codebook.
 
-Both are read from the values. A grid comes from rounding to scale · k (`grids.read_grid`): k is the number, and a scale is
-kept for all of the tensor, for each row, or for chunks of a row, whichever takes the fewest bytes. A codebook is nothing but
-the tensor's distinct values, where they are few. What a method did, or said, does not matter: a tensor that lies on a grid
-by chance is stored so, and one that lost its grid to a later stage is not.
+Both are read from the values. A grid comes from rounding to scale · k (`grids.read_grid`): k is the number, and a scale
+is kept for all of the tensor, for each row, or for chunks of a row, whichever takes the fewest bytes. A codebook is
+nothing but the tensor's distinct values, where they are few. What a method did, or said, does not matter: a tensor that
+lies on a grid by chance is stored so, and one that lost its grid to a later stage is not.
 """
 
 from __future__ import annotations
@@ -41,12 +41,12 @@ _BLOCK = 1 << 18
 class Symbols:
     """A tensor as numbers and tables.
 
-    `kind` "int", `params` (bits, layout): `signed` are k = q - zero_point, the word is that of fl(scale · k); at one bit k
-    is -1 or 1. The table is `scale`, flat, one for each piece of the layout. A product is rounded to float32 (not at all
-    for float64 tensors), and from there to the tensor's type.
-    `kind` "codebook", `params` (entries,): the table is `codebook`, the distinct values in order, with zero among them if
-    the tensor has one; `signed` counts from zero on, or from the place where it would stand and there is then no 0.
-    Tables are narrowed as values are. `signed` is in C order, and 0 exactly where the word is 0.
+    `kind` "int", `params` (bits, layout): `signed` are k = q - zero_point, the word is that of fl(scale · k); at one
+    bit k is -1 or 1. The table is `scale`, flat, one for each piece of the layout. A product is rounded to float32 (not
+    at all for float64 tensors), and from there to the tensor's type. `kind` "codebook", `params` (entries,): the table
+    is `codebook`, the distinct values in order, with zero among them if the tensor has one; `signed` counts from zero
+    on, or from the place where it would stand and there is then no 0. Tables are narrowed as values are. `signed` is in
+    C order, and 0 exactly where the word is 0.
     """
 
     kind: str

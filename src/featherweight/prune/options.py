@@ -19,9 +19,9 @@ __all__ = ["PruningOptions"]
 class PruningOptions:
     """What is pruned, in which pattern and by which score.
 
-    - sparsity: the share to reach in the layers that are pruned, of weights, or of the pattern's tiles, rows, columns or
-      neurons; or `{glob: share}` for targets of their own (a later glob overrides an earlier one). N:M patterns say it
-      themselves.
+    - sparsity: the share to reach in the layers that are pruned, of weights, or of the pattern's tiles, rows, columns
+      or neurons; or `{glob: share}` for targets of their own (a later glob overrides an earlier one). N:M patterns say
+      it themselves.
     - pattern: weight, N:M (`2:4` keeps 2 of 4 along the input channels), tiles (`1x4`: rows x input channels), row,
       column or neuron (a row, its bias, and the columns that it feeds in the next layer).
     - importance: magnitude, group_l2, gradient, movement, random, or a function `(name, weight) -> scores` of the

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Grids for what layers read, from calibration data: one pass that looks, in constant memory, then the edits.
 
-The first input of every chosen layer is watched. Padding that a batch's `attention_mask` marks does not count. Ranges are
-taken of the model as it is by then, weights rounded: what a layer will read, not what it once read.
+The first input of every chosen layer is watched. Padding that a batch's `attention_mask` marks does not count. Ranges
+are taken of the model as it is by then, weights rounded: what a layer will read, not what it once read.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """`TuneCentroids`: trains the few numbers that clustered weights share, by the gradient summed over each cluster.
 
-A cluster has one number, so that its gradient is the sum of its members' (Deep Compression, arXiv 1510.00149, equation 3).
-Members get that sum before the optimizer steps: what is equal and moves equally stays equal, momentum and second
+A cluster has one number, so that its gradient is the sum of its members' (Deep Compression, arXiv 1510.00149, equation
+3). Members get that sum before the optimizer steps: what is equal and moves equally stays equal, momentum and second
 moments included, and any optimizer of torch trains numbers as if they were parameters of their own. No parametrization:
 clusters are read from the values, as sparsity is from zeros.
 """
@@ -39,8 +39,8 @@ class TuneCentroids:
     - share: `model` where equal values of different layers are one number (`Cluster(share="model")`), else `layer`.
     - most: a tensor with more different values is not clustered, but ordinary.
 
-    The summed gradient is as large as its cluster: SGD wants a learning rate that is smaller by as much; Adam and its kind
-    do not mind. `Train(clip=...)` clips before it is summed.
+    The summed gradient is as large as its cluster: SGD wants a learning rate that is smaller by as much; Adam and its
+    kind do not mind. `Train(clip=...)` clips before it is summed.
 
     >>> model = nn.Linear(8, 4)
     >>> model.weight.data = torch.tensor([-0.5, 0.0, 0.25, 0.25]).repeat(4, 2)
@@ -77,8 +77,8 @@ class TuneCentroids:
     ) -> Tuner:
         """Acts on your model from now on: before each `optimizer.step()` members of a cluster get its gradient.
 
-        `model` may be compiled or wrapped in DistributedDataParallel; `optimizer` may be wrapped by accelerate. What the
-        optimizer remembers of members is made equal. Gradients may be accumulated, clipped and scaled as ever.
+        `model` may be compiled or wrapped in DistributedDataParallel; `optimizer` may be wrapped by accelerate. What
+        the optimizer remembers of members is made equal. Gradients may be accumulated, clipped and scaled as ever.
 
         Raises `NothingToCompress` where no weight is clustered, `OptionError` without an optimizer.
         """

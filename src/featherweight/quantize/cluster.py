@@ -49,14 +49,14 @@ _FLOOR = 1e-4  # of the mean importance, for weights whose inputs were silent
 class Cluster:
     """Leaves each layer of the model it is called with at most `clusters` different weights, without training.
 
-    Saves bytes on disk: an index of log2(clusters) bits a weight, or less where a codec counts how often each occurs. Saves
-    no memory and no time. `TuneCentroids` then trains the numbers themselves (arXiv 1510.00149, section 3).
+    Saves bytes on disk: an index of log2(clusters) bits a weight, or less where a codec counts how often each occurs.
+    Saves no memory and no time. `TuneCentroids` then trains the numbers themselves (arXiv 1510.00149, section 3).
 
     - clusters, bits: how many numbers, 16 if neither is given, zero among them; bits=4 is clusters=16. `{glob: number}`
       gives layers their own (a later glob overrides an earlier one).
     - start: how k-means begins: `linear`, `density` or `random`, or `exact` for its global optimum (`solvers.kmeans`).
-    - share: who has numbers in common: a `layer`, the whole `model`, or each `rows` consecutive outputs of a layer. Files
-      store one codebook a tensor, so that numbers shared by fewer rows make longer indices.
+    - share: who has numbers in common: a `layer`, the whole `model`, or each `rows` consecutive outputs of a layer.
+      Files store one codebook a tensor, so that numbers shared by fewer rows make longer indices.
     - keep_zeros: zeros that are there stay, as a number of their own that others may join where it is nearest. False
       treats them as any value and fills them.
     - importance: `hessian` weighs errors by the diagonal of the layer's Hessian on `samples` calibration samples
@@ -64,8 +64,8 @@ class Cluster:
     - rate: what a bit must save, as a share of the weights' own square: 0.01, say. An entropy coder makes frequent
       numbers cheap, and then fewer bytes for the same error come of clusters that know it (`solvers.kmeans`); some
       become empty, and some small weights zero. 0 is for codes of fixed width.
-    - coder: `adaptive` asks packing to try its adaptive entropy coder on every tensor, which learns its statistics on the
-      way: the smallest files, at seconds a million weights to write and to load. None leaves it to small tensors.
+    - coder: `adaptive` asks packing to try its adaptive entropy coder on every tensor, which learns its statistics on
+      the way: the smallest files, at seconds a million weights to write and to load. None leaves it to small tensors.
     - biases: how many numbers biases and other vectors get; None leaves them as they are.
     - layers, keep: globs on qualified names. dense: rules for what stays as it is: `first` (if a convolution),
       `depthwise`, `output`. None by default.

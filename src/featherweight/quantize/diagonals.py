@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The diagonals of layer Hessians: how strongly each weight's input speaks. All that weighs errors one by one needs.
 
-H = 2 X Xᵀ / tokens of a whole layer is d x d numbers and as many products a token; its diagonal is d of each. Every row of
-a matrix reads the same input, so that a weight's importance is its column's.
+H = 2 X Xᵀ / tokens of a whole layer is d x d numbers and as many products a token; its diagonal is d of each. Every row
+of a matrix reads the same input, so that a weight's importance is its column's.
 """
 
 from __future__ import annotations

@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """Cross-layer equalization: layers in a row share out their range, so that no channel is lost on a coarse grid.
 
-"Data-Free Quantization Through Weight Equalization and Bias Correction" (Nagel, van Baalen, Blankevoort and Welling 2019,
-arXiv 1906.04721, equations 9 to 11): channel i of one layer is divided by s_i = √(r1_i / r2_i) and multiplied again in the
-next, r being the largest magnitude of the row and of the column; pair after pair until nothing moves. Rows with scales of
-their own gain little from it; activations, which share one, gain where channels differ by much.
+"Data-Free Quantization Through Weight Equalization and Bias Correction" (Nagel, van Baalen, Blankevoort and Welling
+2019, arXiv 1906.04721, equations 9 to 11): channel i of one layer is divided by s_i = √(r1_i / r2_i) and multiplied
+again in the next, r being the largest magnitude of the row and of the column; pair after pair until nothing moves. Rows
+with scales of their own gain little from it; activations, which share one, gain where channels differ by much.
 """
 
 from __future__ import annotations

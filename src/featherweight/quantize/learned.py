@@ -2,8 +2,8 @@
 """Learned grids at work: one weight, or one layer's input, whose step is a parameter beside the model and never in it.
 
 A weight holds its rounded values whenever the model runs, and its full-precision ones only while the optimizer steps.
-Autograd then differentiates by the rounded weight with no help, in any kernel, module or wrapper, and LSQ's two gradients
-are closed forms of that one: so there is no parametrization, no buffer, no hook on a weight.
+Autograd then differentiates by the rounded weight with no help, in any kernel, module or wrapper, and LSQ's two
+gradients are closed forms of that one: so there is no parametrization, no buffer, no hook on a weight.
 """
 
 from __future__ import annotations

@@ -112,7 +112,8 @@ class LearnedGrid(torch.autograd.Function):
         of_step = (wide * step_slope(k, ratio, inside)).sum().reshape(1) * ctx.strength / start
         of_shift = None
         if ctx.shifts:
-            # LSQ moves β = -s·z by rate · strength · ∂L/∂β; the shift that does the same is z's, in shares of the range.
+            # LSQ moves β = -s·z by rate · strength · ∂L/∂β; the shift that does the same is z's, in shares of the
+            # range.
             of_offset = wide.masked_fill(inside, 0.0).sum().reshape(1)
             of_shift = -of_offset * ctx.strength / (scale * ((1 << ctx.bits) - 1))
         return gradient, None, of_step, of_shift, None

@@ -2,7 +2,8 @@
 """`Quantize`: fewer bits after training, for weights alone or with grids on what layers read, from a few hundred samples.
 
 Structure first (norms folded, attention opened), then scales that move from where they hurt to where they do not, then
-weights, then ranges of activations as the rounded model has them, then biases. Each step sees what the earlier ones left.
+weights, then ranges of activations as the rounded model has them, then biases. Each step sees what the earlier ones
+left.
 """
 
 from __future__ import annotations
@@ -58,10 +59,10 @@ class Quantize:
     - samples: how many are drawn of the task's calibration data (else of its training data), and `held_out`, the share
       of them that only judges.
 
-    A weight that lies on a grid of at most `bits` already (`Reconstruct(bits=4)`) keeps it. Zeros stay zeros. Activations
-    outside the range saturate; how many did on held-out samples is reported, and `featherweight.saturation` counts
-    them in any other data. Raises `OptionError`, `DataError` for data that is missing or empty, `NothingToCompress`, and
-    `NumericalError` for values that are not finite; the model is then as it was.
+    A weight that lies on a grid of at most `bits` already (`Reconstruct(bits=4)`) keeps it. Zeros stay zeros.
+    Activations outside the range saturate; how many did on held-out samples is reported, and `featherweight.saturation`
+    counts them in any other data. Raises `OptionError`, `DataError` for data that is missing or empty,
+    `NothingToCompress`, and `NumericalError` for values that are not finite; the model is then as it was.
 
     >>> import torch
     >>> model = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 2))

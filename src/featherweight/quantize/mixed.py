@@ -23,16 +23,16 @@ __all__ = ["MixedQuantize"]
 class MixedQuantize:
     """Rounds each weight to as few bits as it bears, so that all together meet a budget, after training.
 
-    Saves bytes on disk as `Quantize` does, with less lost than the same bits everywhere would cost; integer runtimes take
-    8 bits (some 4), so that it saves no time beyond theirs. Each weight is rounded alone to each of `bits`
-    (`sensitivity`), and `mixed_bits` shares out the budget: an average of bits (4.5), bytes of these weights ("200 kB"),
-    or the share of their floats ("15 %").
+    Saves bytes on disk as `Quantize` does, with less lost than the same bits everywhere would cost; integer runtimes
+    take 8 bits (some 4), so that it saves no time beyond theirs. Each weight is rounded alone to each of `bits`
+    (`sensitivity`), and `mixed_bits` shares out the budget: an average of bits (4.5), bytes of these weights ("200
+    kB"), or the share of their floats ("15 %").
 
     `by` is output (the model's answers on `samples` of calibration data: no labels, and no tuning on what the metric is
     measured on) or metric. `quantize` holds further options of `Quantize`: `{"activations": "static"}` say.
 
-    Raises `OptionError` where even the fewest bits do not meet the budget, and what `Quantize` raises; the model is then
-    as it was.
+    Raises `OptionError` where even the fewest bits do not meet the budget, and what `Quantize` raises; the model is
+    then as it was.
 
     >>> import torch
     >>> model = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 2))

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Observers: what a stream of activations looks like, in constant memory, and the grid that suits it.
 
-Smallest and largest are exact. Everything else is read off a histogram of 8192 bins over [-reach, reach], where reach is a
-power of two: when a value falls outside, reach doubles and bins merge in pairs, so that no count is ever split and the
-result does not depend on the order of the batches.
+Smallest and largest are exact. Everything else is read off a histogram of 8192 bins over [-reach, reach], where reach
+is a power of two: when a value falls outside, reach doubles and bins merge in pairs, so that no count is ever split and
+the result does not depend on the order of the batches.
 """
 
 from __future__ import annotations
@@ -106,8 +106,8 @@ class Histogram:
 def range_of(seen: Histogram, observer: str, bits: int, symmetric: bool, percentile: float = 99.99) -> Range:
     """The range that an observer takes: all values, a percentile of them, or where rounding errs least.
 
-    `mse` searches each end in steps of a hundredth for the least Σ (x - nearest(x))² over the histogram, one end after the
-    other until neither moves. Above 8 bits nothing is gained by leaving values out, and it is `minmax`.
+    `mse` searches each end in steps of a hundredth for the least Σ (x - nearest(x))² over the histogram, one end after
+    the other until neither moves. Above 8 bits nothing is gained by leaving values out, and it is `minmax`.
     """
     everything = Range(min(seen.low, 0.0), max(seen.high, 0.0)) if seen.seen else Range(0.0, 0.0)
     if observer == "percentile" and seen.seen:

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Quantization-aware training: the network learns on the grids that it will be stored and run on, and learns their steps.
 
-It costs a copy of the weights, a few passes over them an optimizer step, and one over each input that has a grid. What it
-saves is bytes on disk, and time in a runtime that computes with integers.
+It costs a copy of the weights, a few passes over them an optimizer step, and one over each input that has a grid. What
+it saves is bytes on disk, and time in a runtime that computes with integers.
 """
 
 from __future__ import annotations
@@ -35,13 +35,13 @@ class QAT:
 
     - bits: 2 to 8, or `{glob: bits}` (a later glob overrides an earlier one), of the weights. Grids are symmetric.
     - per: a step for each output channel (`row`) or one for the whole `tensor`.
-    - activation_bits: of the first inputs of layers whose weights are quantized, per tensor; None leaves them float. Not
-      covered: additions, concatenations, pooling and outputs, whose grids are placed on the exported graph; recurrent
-      states; and attention that torch fuses, unless `Apply([Swap(layer, to="attention")])` opened it. Static grids that
-      are there already go on from their values.
-    - fold: when BatchNorm goes into the layer before it: `last`, by `finalize()`, so that it steadies the training until
-      then (a scale for each channel is multiplied, and the integers stay); `first`; or `never`. With one step for a
-      tensor it is first, since its channels would part.
+    - activation_bits: of the first inputs of layers whose weights are quantized, per tensor; None leaves them float.
+      Not covered: additions, concatenations, pooling and outputs, whose grids are placed on the exported graph;
+      recurrent states; and attention that torch fuses, unless `Apply([Swap(layer, to="attention")])` opened it. Static
+      grids that are there already go on from their values.
+    - fold: when BatchNorm goes into the layer before it: `last`, by `finalize()`, so that it steadies the training
+      until then (a scale for each channel is multiplied, and the integers stay); `first`; or `never`. With one step for
+      a tensor it is first, since its channels would part.
     - start: where steps begin: `mse` (least error), or `lsq`, 2 mean|v|/√Qp. A weight that is on a grid of as many bits
       begins there, so that training goes on from a `Quantize` or `Reconstruct` stage.
     - learn: False keeps steps where they begin. `step_lr` is their rate over the optimizer's.

@@ -72,8 +72,8 @@ class Quantizer:
         chosen, self.selection = choose_weights(model, options, example_inputs)
         refuse_nothing(self.selection, "quantize")
         self.events: list[dict[str, Any]] = []
-        # Looking for norms comes before any change; from there on nothing raises, so that what cannot be attached leaves
-        # the model as it was.
+        # Looking for norms comes before any change; from there on nothing raises, so that what cannot be attached
+        # leaves the model as it was.
         there = {id(parameter) for parameter in model.parameters()}
         self._model, self._example_inputs = model, example_inputs
         self._chosen = Chosen((), {w.name: Rounding(GridSpec(bits, symmetric=True)) for w, bits in chosen})

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Weights onto grids, one tensor at a time: plain float values in, plain float values out.
 
-Rows are output channels, so that what is pruned, depthwise, grouped or transposed is treated alike. A weight that lies on
-a grid of at most so many bits already keeps it: whoever solved for that grid (OBQ, GPTQ, training) did better than
+Rows are output channels, so that what is pruned, depthwise, grouped or transposed is treated alike. A weight that lies
+on a grid of at most so many bits already keeps it: whoever solved for that grid (OBQ, GPTQ, training) did better than
 rounding once more would.
 """
 
@@ -46,8 +46,8 @@ class Rounded:
 def round_weight(weight: Weight, rounding: Rounding) -> Rounded:
     """Rounds your model's weight in place, in new memory. Zeros stay zeros. Saves nothing before it is packed.
 
-    At 1 bit, which has no zero, a weight with zeros is kept as it is. Raises `NumericalError`, naming the weight, for NaN,
-    infinity, and what float16 cannot hold.
+    At 1 bit, which has no zero, a weight with zeros is kept as it is. Raises `NumericalError`, naming the weight, for
+    NaN, infinity, and what float16 cannot hold.
     """
     values = weight.parameter.detach()
     if not bool(torch.isfinite(values).all()):

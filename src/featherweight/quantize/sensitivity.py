@@ -95,8 +95,8 @@ def sensitivity(
     reads is tried too, on the grid of each batch's range. Your model is not changed: a copy is, one tensor at a time.
     `report` is told each step.
 
-    Raises `OptionError` for bits out of range and a metric that is not there, `NothingToCompress` for a glob that matches
-    nothing, `NumericalError` for a metric or an answer that is not finite.
+    Raises `OptionError` for bits out of range and a metric that is not there, `NothingToCompress` for a glob that
+    matches nothing, `NumericalError` for a metric or an answer that is not finite.
 
     >>> model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))
     >>> task = Task(model, (torch.zeros(1, 4),), calibration=[torch.randn(16, 4)])
@@ -229,9 +229,9 @@ def mixed_bits(table: Sensitivity, budget: str | float) -> dict[str, int]:
 
     `budget` is an average of bits over all weights (4.5), bytes ("200 kB", the scales of rows counted), or the share of
     32-bit floats that is kept ("15 %"). A loss never falls as bits do, and is never below nothing: what is better with
-    fewer bits is better by chance. Steps down go cheapest first, by loss per bit saved along the convex minorant of each
-    weight's losses (`solvers.allocate`), which is the best choice but for the last step; what is left of the budget then
-    buys back what helps most.
+    fewer bits is better by chance. Steps down go cheapest first, by loss per bit saved along the convex minorant of
+    each weight's losses (`solvers.allocate`), which is the best choice but for the last step; what is left of the
+    budget then buys back what helps most.
 
     Raises `OptionError` where even the fewest bits of all do not meet the budget, and says what they take.
 

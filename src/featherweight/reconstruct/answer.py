@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """One problem of one layer, solved: statistics in, weights and what is known of them out.
 
-The layer is to answer as the dense one did, whatever its inputs have become: with H = 2 X Xᵀ and T = 2 Y Xᵀ over tokens,
-||Y - V X||² is a constant plus ½-quadratics around W' = T H⁻¹, so every solver of (W, H) serves as solver of (W', H)
-(target correction, as in GPTAQ, arXiv 2504.02692, and Qronos, arXiv 2505.11695). W' fits the calibration samples
-closely, noise included; a ridge toward W holds it back, of the strength that answers best on held-out samples.
+The layer is to answer as the dense one did, whatever its inputs have become: with H = 2 X Xᵀ and T = 2 Y Xᵀ over
+tokens, ||Y - V X||² is a constant plus ½-quadratics around W' = T H⁻¹, so every solver of (W, H) serves as solver of
+(W', H) (target correction, as in GPTAQ, arXiv 2504.02692, and Qronos, arXiv 2505.11695). W' fits the calibration
+samples closely, noise included; a ridge toward W holds it back, of the strength that answers best on held-out samples.
 """
 
 from __future__ import annotations
@@ -167,8 +167,8 @@ def _solve(
 def corrected(W: Tensor, fit: Statistics, held_out: Statistics | None) -> tuple[Tensor, float | None]:
     """The target W' (rows, d) and the ridge used; W itself where the layer sees what the dense one saw, or answers alike.
 
-    W' = (T + λ W) (H + λ I)⁻¹, the least of ½ tr(V H Vᵀ) - tr(V Tᵀ) + ½ λ ||V - W||², with λ relative to the mean of H's
-    live diagonal. Held-out samples choose among strengths and W itself; without them λ is 0.01.
+    W' = (T + λ W) (H + λ I)⁻¹, the least of ½ tr(V H Vᵀ) - tr(V Tᵀ) + ½ λ ||V - W||², with λ relative to the mean of
+    H's live diagonal. Held-out samples choose among strengths and W itself; without them λ is 0.01.
     """
     if fit.T is None:
         return W, None

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """`build_database`: the database of a model, computed in one pass over its layers, and resumed where a run was killed.
 
-Layer Hessians are taken of the dense model, in batches of layers that fit the byte budget, so that entries do not depend
-on one another and can be combined at will. That is what makes a search cheap, and also what it misses: errors that add up
-from layer to layer. A chosen profile is therefore better realised in a walk whose targets are corrected.
+Layer Hessians are taken of the dense model, in batches of layers that fit the byte budget, so that entries do not
+depend on one another and can be combined at will. That is what makes a search cheap, and also what it misses: errors
+that add up from layer to layer. A chosen profile is therefore better realised in a walk whose targets are corrected.
 """
 
 from __future__ import annotations
@@ -74,9 +74,10 @@ def build_database(
     Saves nothing by itself: it is what `within` chooses from and `stitch` writes. With `evaluate` each entry's weights
     stand in your model while it is called, and the dense ones are put back; nothing else of it is changed.
 
-    - `batches`: calibration data, iterated once for each group of layers whose Hessians fit `budget_bytes`, of which half
-      is for Hessians and half for solvers. `forward(model, batch)` is as in `Task`.
-    - `held_out`: other batches; each entry then has its loss there too, and solvers that compare candidates choose by it.
+    - `batches`: calibration data, iterated once for each group of layers whose Hessians fit `budget_bytes`, of which
+      half is for Hessians and half for solvers. `forward(model, batch)` is as in `Task`.
+    - `held_out`: other batches; each entry then has its loss there too, and solvers that compare candidates choose by
+      it.
     - `evaluate(model)`: a figure that rises as the model gets worse; an entry's `measured` is its rise with that entry
       alone in place. One call an entry: layers x entries x the time of a call.
     - `cost(entry)`: what an entry costs by your own figure, its measured time say.

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """The database: every layer at every level and pattern, with loss and cost of each entry, in one folder.
 
-`index.json` has the facts, one safetensors file a weight has the masks and integers. A file is written under a temporary
-name and renamed, and only then named in the index with its checksum, so that whatever the index names is whole. The index
-also has a checksum of each dense weight: entries are answers about those weights and no others.
+`index.json` has the facts, one safetensors file a weight has the masks and integers. A file is written under a
+temporary name and renamed, and only then named in the index with its checksum, so that whatever the index names is
+whole. The index also has a checksum of each dense weight: entries are answers about those weights and no others.
 """
 
 from __future__ import annotations
@@ -34,11 +34,11 @@ INDEX = "index.json"
 class Entry:
     """One form of one problem's weights, what it loses and what it costs.
 
-    - `kind`: `dense`, or one of `Contents.kinds`; `asked` is the level's sparsity where the kind has levels; `sparsity` the
-      share of zeros that there are; `bits` of each weight where they are on a grid.
-    - `loss`: ||(W - V) X||² / tokens on the samples it was solved on. `relative` and `held_out`: the same over ||W X||² of
-      the whole weight, there and on held-out samples, so that the parts of a grouped or split layer add up to the layer's.
-      `measured`: what the user's `evaluate` rose by with this problem alone replaced.
+    - `kind`: `dense`, or one of `Contents.kinds`; `asked` is the level's sparsity where the kind has levels; `sparsity`
+      the share of zeros that there are; `bits` of each weight where they are on a grid.
+    - `loss`: ||(W - V) X||² / tokens on the samples it was solved on. `relative` and `held_out`: the same over ||W X||²
+      of the whole weight, there and on held-out samples, so that the parts of a grouped or split layer add up to the
+      layer's. `measured`: what the user's `evaluate` rose by with this problem alone replaced.
     - `macs`: multiply-adds of non-zero weights in one forward of the first batch. `bytes`: in the smallest exact form.
       `cost`: what the user's function gave.
     - `solver` and `damping`: how it was solved; `level`: its place among the levels of a nested kind.

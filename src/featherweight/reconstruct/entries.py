@@ -59,13 +59,16 @@ def default_levels(pattern: Pattern) -> tuple[float, ...]:
 class Contents:
     """What a database is to hold of each layer, and how it is solved.
 
-    - `patterns`: `weight`, `RxC` tiles and `column` at each of `levels` (sparsities; None: `default_levels`), N:M as it is.
-    - `bits`: weights on grids of so many bits, asymmetric unless `symmetric`, one scale a row or for every `chunk` columns.
+    - `patterns`: `weight`, `RxC` tiles and `column` at each of `levels` (sparsities; None: `default_levels`), N:M as it
+      is.
+    - `bits`: weights on grids of so many bits, asymmetric unless `symmetric`, one scale a row or for every `chunk`
+      columns.
     - `joint`: zeros and a grid together: (pattern, sparsity, bits), with None as the sparsity of N:M.
     - `solver`: for zeros. `exact_obs` gives all levels by one elimination and stores them nested. Any other name, or
       `best`, solves and stores each level by itself with its share of `work`.
-    - `work`: 1e9 multiply-adds that one elimination may take, and five times what one quantization may. Wider layers than that pays for are
-      split into blocks of input channels, each a problem with entries of its own; so are those of more than `block` columns.
+    - `work`: 1e9 multiply-adds that one elimination may take, and five times what one quantization may. Wider layers
+      than that pays for are split into blocks of input channels, each a problem with entries of its own; so are those
+      of more than `block` columns.
     - `layers`: globs.
     - `damping`: as in `prune`.
 

@@ -2,12 +2,13 @@
 """One entry of each class at the least loss within a budget: the multiple-choice knapsack, by a dynamic program on fronts.
 
 The usual program divides the budget into buckets and rounds every cost to one: rounded to the nearest it overshoots,
-rounded up it wastes a bucket a class. Here a state keeps its exact cost, and the states after some classes are the front
-of those that no other beats in both cost and loss. Only a front of more than 10 000 states is thinned, to the best of
-each of so many buckets, so that small problems are solved exactly and no answer ever exceeds the budget.
+rounded up it wastes a bucket a class. Here a state keeps its exact cost, and the states after some classes are the
+front of those that no other beats in both cost and loss. Only a front of more than 10 000 states is thinned, to the
+best of each of so many buckets, so that small problems are solved exactly and no answer ever exceeds the budget.
 
-The multiplier of Lagrange that a greedy walk down the convex hulls ends with bounds what any state can still become. What
-cannot beat the greedy answer is dropped, which leaves few states in practice, and bounds how far the answer is from best.
+The multiplier of Lagrange that a greedy walk down the convex hulls ends with bounds what any state can still become.
+What cannot beat the greedy answer is dropped, which leaves few states in practice, and bounds how far the answer is
+from best.
 """
 
 from __future__ import annotations

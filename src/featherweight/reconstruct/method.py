@@ -60,8 +60,8 @@ class Reconstruct:
       N:M patterns say it themselves.
     - pattern: weight, N:M (`2:4` keeps 2 of 4 along the input channels), tiles (`1x4`), or column (an input channel).
     - bits: 2 to 8, or `{glob: bits}`: weights on a grid of so many bits, per channel or per `chunk` of its columns,
-      `symmetric` or not. With sparsity too, both are decided together. With neither, the weights around the zeros that are there
-      are refitted to the task's own model.
+      `symmetric` or not. With sparsity too, both are decided together. With neither, the weights around the zeros that
+      are there are refitted to the task's own model.
     - solver: `best` tries what `work` (1e9 multiply-adds a layer) pays for and keeps what is best on held-out samples;
       or a name of `featherweight.solvers.PRUNERS` or `QUANTIZERS`.
     - targets: `corrected` solves layers in the order of calls, each on the inputs that it now gets, to answer as the
@@ -75,8 +75,8 @@ class Reconstruct:
     - damping: relative to the mean diagonal of a layer's Hessian. `memory`: bytes for Hessians and solvers ("2 GB").
 
     A layer is never delivered worse, on held-out samples, than magnitude or rounding to nearest would leave it.
-    Raises `OptionError`, `DataError`, `NothingToCompress`, and `NumericalError` for activations that are not finite, which
-    names layer and batch; the model is then as it was.
+    Raises `OptionError`, `DataError`, `NothingToCompress`, and `NumericalError` for activations that are not finite,
+    which names layer and batch; the model is then as it was.
 
     >>> torch.manual_seed(0)  # doctest: +ELLIPSIS
     <torch...>

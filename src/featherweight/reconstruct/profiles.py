@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """Profiles: which entry of the database each layer gets, uniform or by a budget on the whole model.
 
-A budget is a share of what the whole dense model costs, the layers that nobody compresses included: half the MACs is the
-paper's "2x fewer FLOPs". The choice minimises the sum of the layers' losses, each relative to the energy of the layer's
-output so that they can be added (SPDY, arXiv 2201.13096, then multiplies each with a sensitivity that it has learned).
+A budget is a share of what the whole dense model costs, the layers that nobody compresses included: half the MACs is
+the paper's "2x fewer FLOPs". The choice minimises the sum of the layers' losses, each relative to the energy of the
+layer's output so that they can be added (SPDY, arXiv 2201.13096, then multiplies each with a sensitivity that it has
+learned).
 """
 
 from __future__ import annotations
@@ -26,9 +27,9 @@ Figure = str | Callable[[Entry], float]
 class Profile:
     """An entry for every problem, by its name, with what they cost and lose together.
 
-    `asked` and `share` are the cost wanted and reached, over the dense cost. Where `feasible` is False nothing meets what
-    was asked, and this is the nearest that can be reached. `loss` is the sum that was minimised and `bound` the least
-    that it could be: the choice is proved best where they are equal.
+    `asked` and `share` are the cost wanted and reached, over the dense cost. Where `feasible` is False nothing meets
+    what was asked, and this is the nearest that can be reached. `loss` is the sum that was minimised and `bound` the
+    least that it could be: the choice is proved best where they are equal.
     """
 
     name: str
@@ -136,7 +137,8 @@ def within(
 ) -> Profile:
     """The least summed loss at `share` of the dense model's cost: 1/2 of its MACs, say. Never overshoots.
 
-    - `cost`: `macs`, `bytes`, `cost` (what the user's function gave when the database was built) or a function of an entry.
+    - `cost`: `macs`, `bytes`, `cost` (what the user's function gave when the database was built) or a function of an
+      entry.
     - `kinds`: which entries may be taken (None: all); dense always may. `layers`: globs; the others stay dense.
     - `loss`: `relative`, `loss`, `held_out`, `measured` or a function of an entry. `sensitivity`: a factor on it by
       problem name; 1 where none is given.

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """`stitch`: the entries that were chosen, as weights of the model they were made of.
 
-Integers on a grid are read as they are. Zeros get their layer's Hessian once more, layer batch by layer batch within the
-byte budget, and all other weights are refitted exactly: a forward pass or a few instead of a dense copy an entry.
+Integers on a grid are read as they are. Zeros get their layer's Hessian once more, layer batch by layer batch within
+the byte budget, and all other weights are refitted exactly: a forward pass or a few instead of a dense copy an entry.
 """
 
 from __future__ import annotations
@@ -35,9 +35,9 @@ def stitch(
 ) -> None:
     """Writes chosen entries into your model, which must have the dense weights that the database was built of.
 
-    Problems that `choice` (a `Profile.choice`) does not name stay dense. On the batches of `build_database` the weights are those
-    that `prune` and `quantize` gave there. The model changes only once all weights are known: an error leaves it as it
-    was. Takes the memory of one copy of the chosen weights; saves nothing that the entries do not.
+    Problems that `choice` (a `Profile.choice`) does not name stay dense. On the batches of `build_database` the weights
+    are those that `prune` and `quantize` gave there. The model changes only once all weights are known: an error leaves
+    it as it was. Takes the memory of one copy of the chosen weights; saves nothing that the entries do not.
 
     Raises `ArtefactError` for another model's database and `OptionError` for a choice that is not of this database.
 

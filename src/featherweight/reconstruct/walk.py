@@ -71,8 +71,8 @@ class Solved:
 def layer_facts(parts: Sequence[Solved]) -> dict[str, Any]:
     """One weight's line in the report, summed over its parts: errors are shares of the energy of its outputs.
 
-    `error`, `simple` (magnitude, or rounding to nearest) and `losses` are on held-out samples where there are any, `fit`
-    on those that were solved on.
+    `error`, `simple` (magnitude, or rounding to nearest) and `losses` are on held-out samples where there are any,
+    `fit` on those that were solved on.
     """
     energy = sum(part.energy for part in parts) or 1.0
     judged = sum(part.held_out_energy for part in parts) or 1.0

@@ -2,8 +2,8 @@
 """A layer too wide for its Hessian, in blocks of its input channels: block coordinate descent on the same objective.
 
 One block at a time is pruned or rounded by any solver, its target being what the other blocks, as they are by then,
-leave of the layer's answer. Once all blocks are sparse each is refitted once more, around its zeros. Cost: one pass over
-the data a block and sweep; memory: one block's Hessians.
+leave of the layer's answer. Once all blocks are sparse each is refitted once more, around its zeros. Cost: one pass
+over the data a block and sweep; memory: one block's Hessians.
 """
 
 from __future__ import annotations
@@ -40,8 +40,9 @@ def solve_wide(
     """Weights for a problem in blocks of at most `most` columns; None if the layer was never reached.
 
     `collect` gives statistics, with targets, of blocks of the model that `whole` belongs to, and sees what is written
-    there. `dense` (rows, d) are the reference's weights; `zeros` (rows, d) stay zero. The weights of `whole` are as they
-    were when this returns. Never worse than magnitude or rounding to nearest, on held-out samples where there are any.
+    there. `dense` (rows, d) are the reference's weights; `zeros` (rows, d) stay zero. The weights of `whole` are as
+    they were when this returns. Never worse than magnitude or rounding to nearest, on held-out samples where there are
+    any.
     """
     began = time.perf_counter()
     before = whole.matrix()

@@ -2,8 +2,8 @@
 """The network before and after a cut: how wide each layer was and is, in the order in which data goes through.
 
 Two looks at the same numbers. The skyline has all layers side by side on one scale, which is the network's shape. Below
-it each layer has a bar of its own, full where nothing was cut, with its name and numbers; these flow into as many columns
-as there is room for. What is too long for a page is left to `report.json`, and said.
+it each layer has a bar of its own, full where nothing was cut, with its name and numbers; these flow into as many
+columns as there is room for. What is too long for a page is left to `report.json`, and said.
 """
 
 from __future__ import annotations

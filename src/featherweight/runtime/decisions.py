@@ -21,8 +21,9 @@ __all__ = ["Decisions"]
 class Decisions:
     """Texts by texts, as the core gives them: which kernel and tile a layer of some shape and share of zeros got.
 
-    The file may serve any number of models, processes and machines: it has a section for each processor and version of the
-    core. It is replaced as a whole, so that no reader sees half of it; of two writers at once one may lose what it measured.
+    The file may serve any number of models, processes and machines: it has a section for each processor and version of
+    the core. It is replaced as a whole, so that no reader sees half of it; of two writers at once one may lose what it
+    measured.
     """
 
     def __init__(self, path: str | Path | None = None) -> None:

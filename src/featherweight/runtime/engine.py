@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """A model that runs in the core as far as that can, and in ONNX Runtime beyond: `load`, `Engine`.
 
-The core is asked first. What it refuses, by op when the file is read or by shape when it is first run, is handed over and
-the graph is cut anew, so that any model that ONNX Runtime runs, runs.
+The core is asked first. What it refuses, by op when the file is read or by shape when it is first run, is handed over
+and the graph is cut anew, so that any model that ONNX Runtime runs, runs.
 """
 
 from __future__ import annotations
@@ -49,14 +49,14 @@ def load(
 ) -> Engine:
     """Opens an ONNX file (its path, or its bytes) in the engine. Saves time where weights are zeros.
 
-    Zeros are found by themselves; how each layer is computed is measured when the model is planned for the shapes of its
-    inputs: here, where the file fixes them, else when they first come. `cache` names a file in which what was measured is
-    kept, for this model and all others, so that the next load need not measure again. `threads` None takes each physical core that the
-    process may use; `instruction_set` None the best that the processor has. `exact` keeps ONNX Runtime, where it runs a
-    part, from rounding the inputs of layers with integer weights.
+    Zeros are found by themselves; how each layer is computed is measured when the model is planned for the shapes of
+    its inputs: here, where the file fixes them, else when they first come. `cache` names a file in which what was
+    measured is kept, for this model and all others, so that the next load need not measure again. `threads` None takes
+    each physical core that the process may use; `instruction_set` None the best that the processor has. `exact` keeps
+    ONNX Runtime, where it runs a part, from rounding the inputs of layers with integer weights.
 
-    Raises `ArtefactError` for a file that is no model, or that ONNX Runtime refuses too, or for a cache that is none, `MissingExtra` where a part is to
-    run in ONNX Runtime and that is not installed.
+    Raises `ArtefactError` for a file that is no model, or that ONNX Runtime refuses too, or for a cache that is none,
+    `MissingExtra` where a part is to run in ONNX Runtime and that is not installed.
     """
     core = require("featherweight_engine", extra="engine")
     if threads is not None:

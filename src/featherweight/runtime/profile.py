@@ -13,8 +13,8 @@ __all__ = ["Profile", "Row"]
 class Row:
     """One step. `flops` counts a multiply-add as two and no zero that is skipped; `bytes` what is read and written, once.
 
-    `how` is the engine's own word: whether a product ran sparse or dense, with what tile, and the share of its zeros. Of
-    a part in ONNX Runtime there is one row, with no flops.
+    `how` is the engine's own word: whether a product ran sparse or dense, with what tile, and the share of its zeros.
+    Of a part in ONNX Runtime there is one row, with no flops.
     """
 
     node: str

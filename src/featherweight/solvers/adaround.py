@@ -2,10 +2,11 @@
 """AdaRound (arXiv 2004.10568): each weight learns whether it is rounded up or down.
 
 With v = s (floor(w / s) + h) and h = clip(1.2 sigmoid(θ) - 0.1, 0, 1) (eq. 23), Adam minimizes ½ Σ (v - w) H (v - w)ᵀ
-plus λ Σ 1 - |2 h - 1|^β (eqs. 21, 24), β falling from 20 to 2, so that h ends at 0 or 1. The paper draws batches of layer
-inputs; a linear layer's error is known exactly from H, so every step here sees all samples at once, at rows d² however
-many they were. Only neighbours of w are reached: where the grid is so coarse that the best value lies beyond them, OBQ or
-the descents do better. Reconstruction of whole blocks (BRECQ) needs the block's own outputs and belongs to the walk.
+plus λ Σ 1 - |2 h - 1|^β (eqs. 21, 24), β falling from 20 to 2, so that h ends at 0 or 1. The paper draws batches of
+layer inputs; a linear layer's error is known exactly from H, so every step here sees all samples at once, at rows d²
+however many they were. Only neighbours of w are reached: where the grid is so coarse that the best value lies beyond
+them, OBQ or the descents do better. Reconstruction of whole blocks (BRECQ) needs the block's own outputs and belongs to
+the walk.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """What ADMM projects on: weights with a pattern's zeros, weights on a grid, and both at once.
 
-The nearest sparse weights keep the units of largest squares. The nearest weights on a grid are rounded ones. The nearest
-that are both keep the units whose rounded values come nearer than zero by most: Σ w² - (w - round(w))².
+The nearest sparse weights keep the units of largest squares. The nearest weights on a grid are rounded ones. The
+nearest that are both keep the units whose rounded values come nearer than zero by most: Σ w² - (w - round(w))².
 """
 
 from __future__ import annotations

@@ -1,10 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """Which units go: by their scores, or by how much each row's next removal costs.
 
-For recorded eliminations the paper takes, again and again, the row whose next loss is smallest. Losses within a row fall
-as often as they rise, so a dear step hides the cheap ones behind it. Pooling a step with those behind it wherever that
-lowers the average (the slopes of the greatest convex minorant of the row's running loss) shows the true price; rows of
-ascending losses are also what makes the greedy choice optimal, but for the one pool that is cut where the count is met.
+For recorded eliminations the paper takes, again and again, the row whose next loss is smallest. Losses within a row
+fall as often as they rise, so a dear step hides the cheap ones behind it. Pooling a step with those behind it wherever
+that lowers the average (the slopes of the greatest convex minorant of the row's running loss) shows the true price;
+rows of ascending losses are also what makes the greedy choice optimal, but for the one pool that is cut where the count
+is met.
 """
 
 from __future__ import annotations

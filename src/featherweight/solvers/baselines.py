@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """What others use, to be measured against: magnitude, Wanda (arXiv 2306.11695), SparseGPT (arXiv 2301.00774).
 
-Each costs far less than an elimination. Wanda and magnitude leave the kept weights as they are; SparseGPT moves those to
-the right of each pruned one. An exact refit of their masks is the largest cheap gain there is, and is offered by name:
-`magnitude+refit` is what AdaPrune (arXiv 2102.08124), which tunes magnitude's kept weights by Adam, would end at.
+Each costs far less than an elimination. Wanda and magnitude leave the kept weights as they are; SparseGPT moves those
+to the right of each pruned one. An exact refit of their masks is the largest cheap gain there is, and is offered by
+name: `magnitude+refit` is what AdaPrune (arXiv 2102.08124), which tunes magnitude's kept weights by Adam, would end at.
 """
 
 from __future__ import annotations

@@ -1,15 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
 """ADMM between the layer's loss, which is quadratic, and a set of allowed weights, which is anything but.
 
-ALPS (arXiv 2406.07831) splits V = D: V minimizes the loss, D is allowed (sparse, on a grid, or both), and a penalty ρ that
-grows pulls them together; D is found by projection, V by one matrix product. Two things are ours. Inputs are scaled by
-1 / sqrt([H⁻¹]_jj), not by sqrt(H_jj): a distance is then what a change costs after all other weights have made up for it,
-the score of ExactOBS and OBQ, and the search ends below them where ALPS's scaling ends above. And ρ runs up a fixed ladder
-around the geometric mean of the eigenvalues, so the cost is known beforehand and no eigenvectors are needed.
+ALPS (arXiv 2406.07831) splits V = D: V minimizes the loss, D is allowed (sparse, on a grid, or both), and a penalty ρ
+that grows pulls them together; D is found by projection, V by one matrix product. Two things are ours. Inputs are
+scaled by 1 / sqrt([H⁻¹]_jj), not by sqrt(H_jj): a distance is then what a change costs after all other weights have
+made up for it, the score of ExactOBS and OBQ, and the search ends below them where ALPS's scaling ends above. And ρ
+runs up a fixed ladder around the geometric mean of the eigenvalues, so the cost is known beforehand and no eigenvectors
+are needed.
 
 Factorizations run in float32 too, in a third of the time, where the shifted Hessian is conditioned for it.
 
-Unlike an elimination the search takes decisions back, sees all rows at once, and costs rows d² an iteration, not rows d³.
+Unlike an elimination the search takes decisions back, sees all rows at once, and costs rows d² an iteration, not rows
+d³.
 """
 
 from __future__ import annotations
@@ -27,8 +29,8 @@ __all__ = ["Project", "consensus", "natural_scale"]
 Project = Callable[[Tensor], Tensor]
 
 _LOWEST, _HIGHEST = 0.3, 3.0
-# Up to this ratio of the largest eigenvalue to ρ an inverse in float32 is right to a few per cent in its worst direction,
-# and masks found with it are as good: losses within 0.1 % of those in float64, on either side.
+# Up to this ratio of the largest eigenvalue to ρ an inverse in float32 is right to a few per cent in its worst
+# direction, and masks found with it are as good: losses within 0.1 % of those in float64, on either side.
 _SINGLE = 1e5
 
 

@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """Several solvers on one layer: which of them a budget of work pays for, and which answer is delivered.
 
-Without a judge the lowest loss on the layer's own H wins. A judge gives the loss of candidate weights on samples that no
-solver saw; then the lowest judged loss wins, and since the simple method (magnitude, nearest) always takes part, nothing
-worse than it on those samples is ever delivered, whichever solver was asked for. And damping is then tried, not guessed.
+Without a judge the lowest loss on the layer's own H wins. A judge gives the loss of candidate weights on samples that
+no solver saw; then the lowest judged loss wins, and since the simple method (magnitude, nearest) always takes part,
+nothing worse than it on those samples is ever delivered, whichever solver was asked for. And damping is then tried, not
+guessed.
 """
 
 from __future__ import annotations
@@ -99,7 +100,8 @@ def climb(
     """Solver `name`, which took part at `damping`, at ten times as much, and so on while that is judged better.
 
     Few samples make H nearly singular, and solvers then spend its small eigenvalues, which the held-out samples do not
-    have. More damping keeps the weights nearer to W. Stops at a tenth of the mean diagonal or where the budget is spent.
+    have. More damping keeps the weights nearer to W. Stops at a tenth of the mean diagonal or where the budget is
+    spent.
     """
     least = found.judged[name]
     damping = 10 * damping if damping else 1e-6

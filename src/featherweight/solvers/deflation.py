@@ -1,11 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """Refit of many rows with masks of their own by products alone: conjugate gradients with H's strong directions deflated.
 
-A factorization for each row costs kept³ / 3 and keeps one core busy; here all rows take d² an iteration together, at the
-speed of a matrix product. Layer Hessians have few strong directions and many alike, so with H near U Uᵀ + D (Nyström's
-U of rank r, D diagonal) a row's system is near U_S U_Sᵀ + D_S, which Woodbury's identity inverts by one matrix (r, r) a
-row; those of all rows come from one product of the masks with the pairs of U's columns. Some fifteen iterations then do.
-Iterations run in float32, on residuals in float64, until what is left to gain is beneath the tolerance in float64.
+A factorization for each row costs kept³ / 3 and keeps one core busy; here all rows take d² an iteration together, at
+the speed of a matrix product. Layer Hessians have few strong directions and many alike, so with H near U Uᵀ + D
+(Nyström's U of rank r, D diagonal) a row's system is near U_S U_Sᵀ + D_S, which Woodbury's identity inverts by one
+matrix (r, r) a row; those of all rows come from one product of the masks with the pairs of U's columns. Some fifteen
+iterations then do. Iterations run in float32, on residuals in float64, until what is left to gain is beneath the
+tolerance in float64.
 """
 
 from __future__ import annotations

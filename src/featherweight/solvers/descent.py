@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Polish for weights on a grid: single columns, then small sets of columns, are solved anew with all others fixed.
 
-With R = (V - W) H the best value of column j is v_j - R_j / H_jj, rounded; it never raises the loss. Where no single change
-helps, sets of columns are freed together and rounded by GPTQ on their own small problem; a row takes the answer if it is
-better. Both cost about rows d² a sweep, whatever made the start, and never move a weight that is held at zero.
+With R = (V - W) H the best value of column j is v_j - R_j / H_jj, rounded; it never raises the loss. Where no single
+change helps, sets of columns are freed together and rounded by GPTQ on their own small problem; a row takes the answer
+if it is better. Both cost about rows d² a sweep, whatever made the start, and never move a weight that is held at zero.
 """
 
 from __future__ import annotations

@@ -72,8 +72,9 @@ def eliminate(
 ) -> Elimination:
     """Runs each row of W (rows, d) through `steps` removals (default: all that the units allow), given H⁻¹ (d, d).
 
-    It works in W's dtype. Rows are taken in batches whose inverse Hessians fit `budget_bytes`. `observe` gets, after each
-    step, the batch's slice of row groups, the number of units gone, and its weights (row groups, rows of a unit, d).
+    It works in W's dtype. Rows are taken in batches whose inverse Hessians fit `budget_bytes`. `observe` gets, after
+    each step, the batch's slice of row groups, the number of units gone, and its weights (row groups, rows of a unit,
+    d).
 
     >>> found = eliminate(torch.tensor([[3.0, 1.0]]), torch.eye(2), Units(torch.tensor([[0], [1]])))
     >>> found.order.tolist(), found.losses.tolist()

@@ -2,8 +2,9 @@
 """GPTQ (arXiv 2210.17323): one order of columns for all rows, so that one Cholesky factor serves them all.
 
 Rows d² work instead of OBQ's rows d³, by blocks of columns: within a block each column's rounding error is passed on at
-once, to the columns beyond it in one matrix product. Columns go by falling [H]_jj (activation order), so that the inputs
-that matter most are rounded while most others can still make up for it; grids are fixed beforehand, whatever the order.
+once, to the columns beyond it in one matrix product. Columns go by falling [H]_jj (activation order), so that the
+inputs that matter most are rounded while most others can still make up for it; grids are fixed beforehand, whatever the
+order.
 """
 
 from __future__ import annotations

@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """Refit where H does not fit into memory: conjugate gradients that see H only as a function V -> V H.
 
-Such a function is the layer run forward and its transpose run back over the samples: twice the layer's own cost, and the
-memory of one batch. Rows share H and have masks of their own, so each is a system of its own with a step length of its own.
-Exact in as many iterations as a row has free weights; near enough in far fewer where the diagonal preconditioner is good.
+Such a function is the layer run forward and its transpose run back over the samples: twice the layer's own cost, and
+the memory of one batch. Rows share H and have masks of their own, so each is a system of its own with a step length of
+its own. Exact in as many iterations as a row has free weights; near enough in far fewer where the diagonal
+preconditioner is good.
 """
 
 from __future__ import annotations

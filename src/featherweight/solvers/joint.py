@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """Zeros and a grid together: one search decides both, and nothing that was pruned is wasted on rounding, or the reverse.
 
-Three ways to the same form are tried and the lowest loss wins, or the lowest judged one. In turn, by OBQ (or GPTQ): first
-all zeros, then all roundings, each making up for all before it, so that for ExactOBS it is one elimination from first to
-last. In turn, with the search of `quantize` for the second half. And joint: ADMM projects on zeros and grid at once and can
-take back either. The simple method, magnitude's zeros and then nearest, is there to be compared with.
+Three ways to the same form are tried and the lowest loss wins, or the lowest judged one. In turn, by OBQ (or GPTQ):
+first all zeros, then all roundings, each making up for all before it, so that for ExactOBS it is one elimination from
+first to last. In turn, with the search of `quantize` for the second half. And joint: ADMM projects on zeros and grid at
+once and can take back either. The simple method, magnitude's zeros and then nearest, is there to be compared with.
 """
 
 from __future__ import annotations
@@ -45,8 +45,8 @@ def prune_and_quantize(
 ) -> Quantized:
     """W (rows, d) with zeros of a pattern and all else on a grid, at the least error on H (d, d) that was found.
 
-    Options are those of `prune` and `quantize`; `work` is halved between the two. `losses` names the ways. The scales are
-    fitted to the pruned weights, which are larger than W's, having taken over what the zeros did.
+    Options are those of `prune` and `quantize`; `work` is halved between the two. `losses` names the ways. The scales
+    are fitted to the pruned weights, which are larger than W's, having taken over what the zeros did.
 
     Raises `OptionError` and `NumericalError`.
 

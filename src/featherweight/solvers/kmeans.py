@@ -36,7 +36,8 @@ _FEW, _CHUNK = 64, 1 << 15
 class Clustering:
     """`centroids` (k,) ascending, float64; `index` (n,) of each value's own, in the smallest unsigned type.
 
-    `error` is Σ importance · (value - centroid)², and `bits` what an ideal entropy coder makes of `index`, for each value.
+    `error` is Σ importance · (value - centroid)², and `bits` what an ideal entropy coder makes of `index`, for each
+    value.
     """
 
     centroids: Floats
@@ -64,17 +65,19 @@ def kmeans(
     """At most `clusters` numbers for `values` (n,), so that Σ importance · (value - number)² is small.
 
     - start: `linear` spreads the first centroids evenly between the least and the largest value (best in Deep
-      Compression, arXiv 1510.00149, section 3.1), `density` at quantiles, `random` on values drawn by `seed`; each ends in
-      a local optimum (Lloyd 1982). `exact` is the global one, by dynamic programming (Wang & Song 2011), where
-      there are at most 2²¹ / clusters distinct values (no fewer than 4096); of more it is that of so many cells of a histogram, and
-      then Lloyd's from there.
+      Compression, arXiv 1510.00149, section 3.1), `density` at quantiles, `random` on values drawn by `seed`; each ends
+      in a local optimum (Lloyd 1982). `exact` is the global one, by dynamic programming (Wang & Song 2011), where there
+      are at most 2²¹ / clusters distinct values (no fewer than 4096); of more it is that of so many cells of a
+      histogram, and then Lloyd's from there.
     - zero: one centroid is 0 and stays there. Zeros are its own, and weigh nothing on others.
-    - rate: minimises error + rate · bits instead (entropy-constrained, Chou, Lookabaugh & Gray 1989), where the error is
-      a share of Σ importance · value² and the bits are those of an entropy coder, both per value that is not zero. Clusters that
-      do not pay for themselves go. At 0.01, say, a bit must bring the error down by 1 % of the values' own square.
+    - rate: minimises error + rate · bits instead (entropy-constrained, Chou, Lookabaugh & Gray 1989), where the error
+      is a share of Σ importance · value² and the bits are those of an entropy coder, both per value that is not zero.
+      Clusters that do not pay for themselves go. At 0.01, say, a bit must bring the error down by 1 % of the values'
+      own square.
 
-    With no more distinct values than clusters and no `rate`, these are the centroids and the error is 0. No value gives no centroid.
-    Raises `NumericalError` for NaN or infinity, `OptionError` for clusters outside 1 to 65536 or importance that is negative.
+    With no more distinct values than clusters and no `rate`, these are the centroids and the error is 0. No value gives
+    no centroid. Raises `NumericalError` for NaN or infinity, `OptionError` for clusters outside 1 to 65536 or
+    importance that is negative.
 
     >>> found = kmeans(np.array([0.0, 0.9, 1.1, 5.0]), 3, zero=True)
     >>> found.centroids, found.values

@@ -21,9 +21,9 @@ _MOST_POINTS = 1 << 22
 class Points:
     """`x` (m,) ascending, and sums over the points before each place, (m + 1,).
 
-    `weights` are Σ importance, `sums` Σ importance · (x - center), `squares` Σ importance · (x - center)², `counts` how many
-    values there are. `energy` is Σ importance · value². Where a centroid is `pinned` at zero, the center is 0 and the
-    `zeros` are not among the points.
+    `weights` are Σ importance, `sums` Σ importance · (x - center), `squares` Σ importance · (x - center)², `counts` how
+    many values there are. `energy` is Σ importance · value². Where a centroid is `pinned` at zero, the center is 0 and
+    the `zeros` are not among the points.
     """
 
     x: Floats

@@ -2,8 +2,8 @@
 """Clusters that pay for their bits: error plus a price times the length of an entropy coder's words (Chou et al. 1989).
 
 A value goes where its error and its word together cost least, so that frequent numbers take in more than is nearest to
-them, and rare ones die out. It is what makes weights with many zeros small: zero's word is a tenth of a bit, and some small
-weights are not worth theirs (DeepCABAC, arXiv 1907.11900, section 3).
+them, and rare ones die out. It is what makes weights with many zeros small: zero's word is a tenth of a bit, and some
+small weights are not worth theirs (DeepCABAC, arXiv 1907.11900, section 3).
 
 What a centroid costs is a parabola over the line, and all have the same width where values weigh alike: clusters are
 then runs, cut where the lower envelope of lines bends, and an iteration is a matter of k.

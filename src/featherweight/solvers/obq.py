@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """OBQ (Optimal Brain Compression, arXiv 2208.11580): every row rounds its cheapest weight, again and again.
 
-Rounding w_p to q costs ½ (q - w_p)² / [H⁻¹]_pp, moves the others by -(w_p - q) / [H⁻¹]_pp · H⁻¹_p:, and fixes p. A weight
-that has been pushed off the grid, more than half a step from its nearest value, is rounded first, the worst before all:
-left to the end nobody could make up for it (without that rule the 2-bit error is many times larger). Weights held at zero
-are no variables: each row starts from the inverse of H on its own columns.
+Rounding w_p to q costs ½ (q - w_p)² / [H⁻¹]_pp, moves the others by -(w_p - q) / [H⁻¹]_pp · H⁻¹_p:, and fixes p. A
+weight that has been pushed off the grid, more than half a step from its nearest value, is rounded first, the worst
+before all: left to the end nobody could make up for it (without that rule the 2-bit error is many times larger).
+Weights held at zero are no variables: each row starts from the inverse of H on its own columns.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """`prune`: one layer's weights with zeros of a pattern where they cost least, by any of the solvers in `PRUNERS`.
 
-The table is the whole dispatch: a name, and a function of one `Pruning` problem to weights and a mask. Work is counted in
-units of 1e9 multiply-adds from the layer's shape alone, so that what a budget allows is the same on every machine.
+The table is the whole dispatch: a name, and a function of one `Pruning` problem to weights and a mask. Work is counted
+in units of 1e9 multiply-adds from the layer's shape alone, so that what a budget allows is the same on every machine.
 """
 
 from __future__ import annotations
@@ -32,9 +32,9 @@ __all__ = ["PRUNERS", "Pruned", "Pruner", "prune"]
 class Pruned:
     """A pruned layer: `weights` (rows, d) in W's dtype, `pruned` (True where zero), and what is known of them.
 
-    `loss` is ½ Σ (w - v) H (w - v)ᵀ of the weights as delivered, on the H that was given. `losses` has it for each solver
-    that was tried and `judged` the judge's loss, if there was one. `work` is in 1e9 multiply-adds, `damping` is what was
-    used, and `notes` are for the user's eyes.
+    `loss` is ½ Σ (w - v) H (w - v)ᵀ of the weights as delivered, on the H that was given. `losses` has it for each
+    solver that was tried and `judged` the judge's loss, if there was one. `work` is in 1e9 multiply-adds, `damping` is
+    what was used, and `notes` are for the user's eyes.
     """
 
     weights: Tensor
@@ -80,7 +80,8 @@ def prune(
     - `solver`: a key of `PRUNERS`, or `best`: the baselines and the best search that costs no more than ExactOBS would,
       nor than `work` (1e9 multiply-adds); the lowest loss wins.
     - `run`: input channels at one kernel position, which N:M groups and tiles do not cross; columns are those channels.
-    - `damping`: relative to H's mean diagonal, a ridge toward W (see `damp`). `budget_bytes`: memory for batches of rows.
+    - `damping`: relative to H's mean diagonal, a ridge toward W (see `damp`). `budget_bytes`: memory for batches of
+      rows.
     - `judge`: the loss of weights (rows, d) in the layer's place on held-out samples. With one, the lowest judged loss
       wins, magnitude is delivered rather than anything that is worse than it, and `best` tries more damping as well.
 

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """`quantize`: one layer's weights on a grid where that costs least, by any of the solvers in `QUANTIZERS`.
 
-The table is the whole dispatch: a name, and a function of one `Quantization` problem to integers and their grid. Work is
-counted in units of 1e9 multiply-adds from the layer's shape alone, as in `prune`.
+The table is the whole dispatch: a name, and a function of one `Quantization` problem to integers and their grid. Work
+is counted in units of 1e9 multiply-adds from the layer's shape alone, as in `prune`.
 """
 
 from __future__ import annotations
@@ -32,9 +32,9 @@ __all__ = ["QUANTIZERS", "Quantized", "Quantizer", "check_zero", "quantize"]
 class Quantized:
     """A quantized layer: `integers` (rows, d) on `grid`, the `weights` they stand for in W's dtype, what is held at zero.
 
-    `loss` is ½ Σ (w - v) H (w - v)ᵀ of the weights as delivered, on the H that was given. `losses` has it for each solver
-    that was tried and `judged` the judge's loss, if there was one. `work` is in 1e9 multiply-adds, `damping` is what was
-    used, and `notes` are for the user's eyes.
+    `loss` is ½ Σ (w - v) H (w - v)ᵀ of the weights as delivered, on the H that was given. `losses` has it for each
+    solver that was tried and `judged` the judge's loss, if there was one. `work` is in 1e9 multiply-adds, `damping` is
+    what was used, and `notes` are for the user's eyes.
     """
 
     weights: Tensor
@@ -76,8 +76,8 @@ def quantize(
     Saves 32 / bits of the weights' bytes before scales, and time only where a runtime computes with such integers.
     W and H are not changed.
 
-    - `grid`: a `GridSpec`, fitted to W by itself, or a `Grid` as it is. Solvers that end in `+polish` or `+scales` may then
-      improve its scales for the layer's error, unless `fit_scales` is False.
+    - `grid`: a `GridSpec`, fitted to W by itself, or a `Grid` as it is. Solvers that end in `+polish` or `+scales` may
+      then improve its scales for the layer's error, unless `fit_scales` is False.
     - `solver`: a key of `QUANTIZERS`, or `best`: nearest, GPTQ and the best search that `work` (1e9 multiply-adds) pays
       for; the lowest loss wins.
     - `keep_zeros`: weights that are zero, pruned ones, stay exactly zero.

@@ -2,12 +2,12 @@
 """Exact refit: once it is settled which weights are zero, the best values of the others have a closed form.
 
 For a row w with kept columns S and removed columns P, the loss ½ (w - v) H (w - v)ᵀ is least at
-v_S = w_S + w_P H_PS (H_SS)⁻¹, which is also v = w - w_P ((H⁻¹)_PP)⁻¹ (H⁻¹)_P:. The first costs |S|³ / 3 a row, the second
-|P|³ / 3, and the cheaper is taken. Whatever chose the zeros, nothing that keeps them does better on H.
+v_S = w_S + w_P H_PS (H_SS)⁻¹, which is also v = w - w_P ((H⁻¹)_PP)⁻¹ (H⁻¹)_P:. The first costs |S|³ / 3 a row, the
+second |P|³ / 3, and the cheaper is taken. Whatever chose the zeros, nothing that keeps them does better on H.
 
-Where a factorization a row would cost more than some twelve products with H (from d = 2048 on, of a fifth of the weights),
-all rows are refitted together by such products until none can gain a millionth of its loss; rows that do not get
-there are factorized after all.
+Where a factorization a row would cost more than some twelve products with H (from d = 2048 on, of a fifth of the
+weights), all rows are refitted together by such products until none can gain a millionth of its loss; rows that do not
+get there are factorized after all.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Least-squares scales: with the integers settled, the best scale of each chunk has a closed form.
 
-A row is Σ_k s_k c_k, where c_k are the integers (less the zero point) of chunk k, so its loss is quadratic in the scales:
-(c_k H c_lᵀ)_kl s = (w H c_kᵀ)_k. Integers and scales in turn lower the loss until both stand still.
+A row is Σ_k s_k c_k, where c_k are the integers (less the zero point) of chunk k, so its loss is quadratic in the
+scales: (c_k H c_lᵀ)_kl s = (w H c_kᵀ)_k. Integers and scales in turn lower the loss until both stand still.
 """
 
 from __future__ import annotations

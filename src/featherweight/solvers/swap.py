@@ -2,10 +2,11 @@
 """1-swap polish: a kept weight and a removed one change places wherever that, with all others refitted, lowers the loss.
 
 For a row with kept columns S let A = (H_SS)⁻¹, v = w_S + w_P H_PS A its refitted weights, and for a removed column q
-B_q = A H_Sq, s_q = H_qq - H_qS B_q, r_q = what is left of the gradient at q. Taking p out costs v_p² / A_pp, putting q in
-then gains (r_q + B_pq v_p / A_pp)² / (s_q + B_pq² / A_pp), all over 2. One symmetric table holds A, B and s; moving a column
-in or out of S is one rank-1 update of it (a principal pivot). Rows keep their counts, N:M groups theirs, so a swap stays
-within its group there. Only removed columns of much promise have a place in the table; the search is local in any case.
+B_q = A H_Sq, s_q = H_qq - H_qS B_q, r_q = what is left of the gradient at q. Taking p out costs v_p² / A_pp, putting q
+in then gains (r_q + B_pq v_p / A_pp)² / (s_q + B_pq² / A_pp), all over 2. One symmetric table holds A, B and s; moving
+a column in or out of S is one rank-1 update of it (a principal pivot). Rows keep their counts, N:M groups theirs, so a
+swap stays within its group there. Only removed columns of much promise have a place in the table; the search is local
+in any case.
 """
 
 from __future__ import annotations
@@ -22,7 +23,8 @@ from featherweight.solvers.refit import refit_rows
 
 __all__ = ["swap"]
 
-# Kept weights tried for removal each time, the cheapest first. Within N:M groups the partners are few, so more are tried.
+# Kept weights tried for removal each time, the cheapest first. Within N:M groups the partners are few, so more are
+# tried.
 _SHORTLIST, _SHORTLIST_IN_GROUPS = 8, 64
 _GAIN = 1e-9
 

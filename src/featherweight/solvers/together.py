@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Several processes under torchrun: each solves its share of the problems, and all end with the same weights.
 
-A problem is solved by one process, from all of the calibration data, as a single process would solve it. A step of fewer
-problems than processes is solved by all, who share out the rows in those loops where rows do not see one another. Either
-way two processes give what one gives, to the last bit. Only answers travel, as tensors; nothing is pickled.
+A problem is solved by one process, from all of the calibration data, as a single process would solve it. A step of
+fewer problems than processes is solved by all, who share out the rows in those loops where rows do not see one another.
+Either way two processes give what one gives, to the last bit. Only answers travel, as tensors; nothing is pickled.
 """
 
 from __future__ import annotations

@@ -54,8 +54,8 @@ def _measured(walk: Walk, x: Value, axes: list[int], op: str) -> Value:
 
 
 def grouped(walk: Walk, call: Call) -> Any:
-    """group_norm: whole groups where there are more groups than channels in one, and then exact; else the same positions
-    of every group."""
+    """group_norm: whole groups where there are more groups than channels in one, and then exact; else the same
+    positions of every group."""
     x: Value = call["input"]
     groups = call["num_groups"] or call["group"]
     x = walk.pin(x, range(2, len(x.shape)), "group_norm is taken along it")

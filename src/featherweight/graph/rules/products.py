@@ -203,8 +203,8 @@ def _matrix(plane: Tensor) -> Tensor:
 
 
 def _grouped(walk: Walk, x: Value, matrix: Value, out: tuple[int, ...], groups: int, transposed: bool) -> Value:
-    """Conv groups must stay equal. Where there are more groups than channels in one, whole groups are cut (depthwise: each
-    channel is a group); otherwise the same positions of every group."""
+    """Conv groups must stay equal. Where there are more groups than channels in one, whole groups are cut (depthwise:
+    each channel is a group); otherwise the same positions of every group."""
     channels, made = walk.vector(x, 1), out[1]
     rows, columns = walk.vector(matrix, 0), walk.vector(matrix, 1)
     inside = x.shape[1] // groups

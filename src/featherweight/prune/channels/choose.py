@@ -29,8 +29,8 @@ Divide = Callable[[np.ndarray, np.ndarray], np.ndarray]
 class Ladder:
     """One group's couplings in the order in which they would go, and the rungs at which it may stop.
 
-    `order` are indices of couplings, the lowest score first; after rung i, `ends[i]` of them are gone, which cost the sum
-    of their `scores`, `weights[i]` for the rung by itself. `kept` couplings are there before the first.
+    `order` are indices of couplings, the lowest score first; after rung i, `ends[i]` of them are gone, which cost the
+    sum of their `scores`, `weights[i]` for the rung by itself. `kept` couplings are there before the first.
     """
 
     size: int

@@ -31,12 +31,12 @@ __all__ = ["DropBlocks", "block_influence", "blocks"]
 class DropBlocks:
     """Removes `count` whole blocks of the model that it is called with: those that change what passes through them least.
 
-    Saves all that the blocks cost, in every runtime: parameters, memory, MACs and time; depth that is gone costs accuracy,
-    which training wins back. Blocks are the modules of a ModuleList or Sequential, and those
-    that a glob of `layers` other than `*` names, that have layers of their own and give a tensor of their first input's
-    shape; `keep` are globs on those that stay. By `influence` all are ranked at once; by `error` one goes
-    after the other, each time the one whose absence moves the model's answers least on `batches` batches of the task's
-    calibration data (or else its training data, or else `example_inputs`).
+    Saves all that the blocks cost, in every runtime: parameters, memory, MACs and time; depth that is gone costs
+    accuracy, which training wins back. Blocks are the modules of a ModuleList or Sequential, and those that a glob of
+    `layers` other than `*` names, that have layers of their own and give a tensor of their first input's shape; `keep`
+    are globs on those that stay. By `influence` all are ranked at once; by `error` one goes after the other, each time
+    the one whose absence moves the model's answers least on `batches` batches of the task's calibration data (or else
+    its training data, or else `example_inputs`).
 
     Raises `OptionError` for an option out of range, `NothingToCompress` where there are too few such blocks.
 
@@ -129,8 +129,9 @@ def _nested(one: str, other: str) -> bool:
 def blocks(
     model: nn.Module, batch: Any, forward: Any, named: Sequence[str] = ()
 ) -> tuple[dict[str, str], dict[str, str]]:
-    """Blocks that can be skipped, each with the swap that does it (`skip`, or `skip_tuple` where it answers with a tuple),
-    and other modules of lists, or `named` by globs, with the reason. Seen in one forward; the model is left as it was."""
+    """Blocks that can be skipped, each with the swap that does it (`skip`, or `skip_tuple` where it answers with a
+    tuple), and other modules of lists, or `named` by globs, with the reason. Seen in one forward; the model is left as
+    it was."""
     lists = [(name, m) for name, m in model.named_modules() if isinstance(m, nn.ModuleList | nn.Sequential)]
     names = {child: f"{name}.{leaf}".lstrip(".") for name, held in lists for leaf, child in held.named_children()}
     names |= {m: name for name, m in model.named_modules() if any(fnmatchcase(name, glob) for glob in named)}

@@ -2,9 +2,9 @@
 """One multiplier m = 1 for each coupling, and the gradient of the loss to it, from weights and their gradients alone.
 
 The gate stands where the coupling is read: it multiplies what each of its consumers takes in, which is the same as to
-multiply their columns of weights, so that dL/dm_c = Σ w dL/dw over the coupling's positions in `input` members. Where no
-layer with a weight reads the group (the size of attention's queries and keys), the gate stands at the layers that make
-it, `output` members, biases included.
+multiply their columns of weights, so that dL/dm_c = Σ w dL/dw over the coupling's positions in `input` members. Where
+no layer with a weight reads the group (the size of attention's queries and keys), the gate stands at the layers that
+make it, `output` members, biases included.
 
 Why not always at the layers that make it: a BatchNorm behind a convolution undoes every factor on it, and in training
 Σ w dL/dw over such a filter is zero whatever the channel does (`where="outputs"` shows it).
@@ -98,9 +98,9 @@ def seen_by_hooks(model: nn.Module, group: Group, where: str = "inputs") -> str 
 class PerSample:
     """Watches a model while it trains: after each backward pass, Σ a dL/da of each gate for each sample.
 
-    Used in a `with`, or `close()` it. `take()` gives what came since the last call: (samples, size) for each group, times
-    the number of samples, since a loss is a mean over them. Samples lie along the first axis of what layers read, as
-    batch-first models have them. Costs the memory of a reference to what layers read, which autograd holds anyway.
+    Used in a `with`, or `close()` it. `take()` gives what came since the last call: (samples, size) for each group,
+    times the number of samples, since a loss is a mean over them. Samples lie along the first axis of what layers read,
+    as batch-first models have them. Costs the memory of a reference to what layers read, which autograd holds anyway.
 
     Raises `OptionError` for a model whose layers do not read the samples along their first axis.
     """
@@ -158,7 +158,8 @@ class PerSample:
         if not inward or not args or not torch.is_grad_enabled() or not args[0].is_floating_point():
             return None
         x = args[0] if args[0].requires_grad else args[0].detach().requires_grad_()
-        # A view of its own: what flows back into it is this layer's share alone, though others may read the same tensor.
+        # A view of its own: what flows back into it is this layer's share alone, though others may read the same
+        # tensor.
         alias = x.view_as(x)
         self._watch(module, alias, inward)
         return (alias, *args[1:])

@@ -29,12 +29,12 @@ class GradualChannelPruning(ChannelOptions):
 
     Saves parameters, MACs, memory and time in every runtime. Scores are summed between updates; every `every` optimizer
     steps those that are lowest per cost go, as many as the schedule asks for (cubic, linear, constant, one_shot, as in
-    `GradualPruning`), until at `end` all of `until` is met. What is masked is zero, gets no gradient and no momentum, and
-    never comes back; it goes on training until `finalize()` cuts it out, of the optimizer's state too. `closure` (a
+    `GradualPruning`), until at `end` all of `until` is met. What is masked is zero, gets no gradient and no momentum,
+    and never comes back; it goes on training until `finalize()` cuts it out, of the optimizer's state too. `closure` (a
     function of the model to the loss of a batch) is for curvature; `verify` proves the cut on `example_inputs`.
 
-    List it last among the hooks of `Train`: the shapes change as it is finalized. Raises `OptionError` for an option out
-    of range.
+    List it last among the hooks of `Train`: the shapes change as it is finalized. Raises `OptionError` for an option
+    out of range.
 
     >>> model = nn.Sequential(nn.Linear(8, 32), nn.ReLU(), nn.Linear(32, 2))
     >>> optimizer = torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9)
@@ -79,11 +79,11 @@ class GradualChannelPruning(ChannelOptions):
     ) -> ChannelPruner:
         """Acts on your model from now on. `example_inputs` are of one forward call, a tuple or a dict by keyword.
 
-        `model` may be compiled or wrapped in DistributedDataParallel (wrap it again after `finalize`); `optimizer` may be
-        wrapped by accelerate. `trace` saves tracing again; `follow` are copies of the model that are to be cut alike,
-        an exponential average say.
+        `model` may be compiled or wrapped in DistributedDataParallel (wrap it again after `finalize`); `optimizer` may
+        be wrapped by accelerate. `trace` saves tracing again; `follow` are copies of the model that are to be cut
+        alike, an exponential average say.
 
-        Raises `NothingToCompress` where no group may be cut, `GraphError` for a model that cannot be traced, `OptionError`
-        where options do not fit the model.
+        Raises `NothingToCompress` where no group may be cut, `GraphError` for a model that cannot be traced,
+        `OptionError` where options do not fit the model.
         """
         return ChannelPruner(self, model, optimizer, example_inputs, trace, follow)

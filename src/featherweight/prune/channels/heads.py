@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """What single attention heads are worth: the two tables of Michel et al. (2019, arXiv 1905.10650), as data.
 
-A head is switched off by zeros in the columns that read it, which is its gate at 0; weights are put back to the last bit.
-Nothing is cut: `PruneChannels(importance="heads")` does that.
+A head is switched off by zeros in the columns that read it, which is its gate at 0; weights are put back to the last
+bit. Nothing is cut: `PruneChannels(importance="heads")` does that.
 """
 
 from __future__ import annotations
@@ -31,8 +31,8 @@ Evaluate = Callable[[nn.Module], float]
 class HeadTables:
     """The metric of the whole model, of it without each single head, and with only the best head of one layer kept.
 
-    `without[layer]` has the metric for each head of that layer removed alone (the paper's Table 1); `best[layer]` is the
-    head whose layer does best with it alone, and the metric then (Table 2). A head of grouped-query attention is a
+    `without[layer]` has the metric for each head of that layer removed alone (the paper's Table 1); `best[layer]` is
+    the head whose layer does best with it alone, and the metric then (Table 2). A head of grouped-query attention is a
     key-value head with its queries.
     """
 
@@ -64,8 +64,8 @@ def head_tables(
     scores: Mapping[str, Sequence[float]] | None = None,
     higher_is_better: bool = True,
 ) -> HeadTables:
-    """Both tables. One evaluation for the model, one for each head, and one for each layer (with `scores`, the best head
-    is the one that they rank highest) or each head again (the best is found by trying)."""
+    """Both tables. One evaluation for the model, one for each head, and one for each layer (with `scores`, the best
+    head is the one that they rank highest) or each head again (the best is found by trying)."""
     model = unwrap(model)
     metric = _evaluated(model, evaluate)
     without = without_each(model, trace, evaluate)

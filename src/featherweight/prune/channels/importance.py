@@ -12,7 +12,8 @@ From the weights alone:
 From gates (`gates.py`), m = 1 on each coupling, summed over the interval or the calibration batches:
 - taylor: |dL/dm| of a batch (Molchanov et al. 2017, arXiv 1611.06440).
 - cpd: (dL/dm)² of a batch (Comb, Prune, Distill, arXiv 2408.03046).
-- fisher: ½ Σ_n (dL_n/dm)², its members summed inside the square, squared per sample (Liu et al. 2021, arXiv 2108.00708).
+- fisher: ½ Σ_n (dL_n/dm)², its members summed inside the square, squared per sample (Liu et al. 2021, arXiv
+  2108.00708).
 - heads: E_n |dL_n/dm|, then L2-normalised in each group (Michel et al. 2019, arXiv 1905.10650); `michel` is the same.
 - curvature: E_v (H v)_c² = Σ_j H[c, j]², H the gates' Hessian, by Gaussian probes (`curvature.py`).
 

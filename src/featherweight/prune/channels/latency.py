@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Measured latency as a target: how far to go along a path of cuts, told by timing copies that are really cut.
 
-No table and no model of the machine: copies are cut, timed call by call in turns with the model as it is, and the part of
-the path between the last too slow and the first fast enough is searched again, a few copies at a time.
+No table and no model of the machine: copies are cut, timed call by call in turns with the model as it is, and the part
+of the path between the last too slow and the first fast enough is searched again, a few copies at a time.
 """
 
 from __future__ import annotations

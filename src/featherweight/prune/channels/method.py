@@ -39,11 +39,12 @@ __all__ = ["PruneChannels"]
 class PruneChannels(ChannelOptions):
     """Cuts channels, neurons and heads out of the model that it is called with, at once and without training.
 
-    Saves parameters, MACs, memory and time in every runtime; costs accuracy, which training afterwards wins back. Scores
-    come from the first `batches` batches of the task's calibration data (or else its training data), in evaluation mode.
-    With `rounds`, a part is masked, scores are measured again, and so on. `refit` fits the layers that read what was cut
-    to answer as they did (least squares, no labels), and `batch_norm` estimates BatchNorm statistics anew; both stay only
-    where the output error on held-out batches (a share `held_out` of them) falls. `verify` proves the cut.
+    Saves parameters, MACs, memory and time in every runtime; costs accuracy, which training afterwards wins back.
+    Scores come from the first `batches` batches of the task's calibration data (or else its training data), in
+    evaluation mode. With `rounds`, a part is masked, scores are measured again, and so on. `refit` fits the layers that
+    read what was cut to answer as they did (least squares, no labels), and `batch_norm` estimates BatchNorm statistics
+    anew; both stay only where the output error on held-out batches (a share `held_out` of them) falls. `verify` proves
+    the cut.
 
     Raises `OptionError` for an option out of range or data that is missing, `NothingToCompress` where no group may be
     cut, `GraphError` for a model that cannot be traced; the model is then as it was.

@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """Structured OBS: what the loss of a group's consumers grows by when a coupling goes and they are refitted.
 
-A consumer is a weight W (rows, d) with its layer Hessian H (`solvers`), and a coupling is a set P of its columns. Removing
-it costs ½ Σ_rows w_P ((H⁻¹)_PP)⁻¹ w_Pᵀ (Optimal Brain Compression's block step, arXiv 2208.11580, with one P for all rows),
-summed over all consumers of the group, and moves what is left. Couplings of a group go one after the other, each at its
-cost when its turn comes; couplings of different groups are priced as if they went alone.
+A consumer is a weight W (rows, d) with its layer Hessian H (`solvers`), and a coupling is a set P of its columns.
+Removing it costs ½ Σ_rows w_P ((H⁻¹)_PP)⁻¹ w_Pᵀ (Optimal Brain Compression's block step, arXiv 2208.11580, with one P
+for all rows), summed over all consumers of the group, and moves what is left. Couplings of a group go one after the
+other, each at its cost when its turn comes; couplings of different groups are priced as if they went alone.
 """
 
 from __future__ import annotations

@@ -25,8 +25,8 @@ class ChannelOptions:
     - until: what to come down to, `{"macs": "50 %"}`: macs, parameters, bytes, memory (elements of what layers give) or
       latency (timed on copies that are really cut), each absolute ("1.5 G", "2 MB", "8 ms") or the share kept; all of
       them, where there are several. Met within 2 %, or reported.
-    - importance: see `IMPORTANCES`, or a function `(group, tensors) -> scores` of a group and the model's tensors by name,
-      a score for each coupling. The lowest go first.
+    - importance: see `IMPORTANCES`, or a function `(group, tensors) -> scores` of a group and the model's tensors by
+      name, a score for each coupling. The lowest go first.
     - per: what a score is divided by: the memory, macs, parameters or bytes that the cut frees, `memory_left` (what its
       layers still take), measured `latency` of each group, or none.
     - normalize: divides a group's scores by their mean or L2 norm first; `heads` does so by itself.
