@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,7 +11,9 @@ from typing import Any
 
 import matplotlib as mpl
 import matplotlib.pyplot as plt
+import numpy as np
 from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 
 from benchmarks import pages
 from benchmarks.gradual.plot import BLUE, GREEN, GREY, ORANGE, STYLE
@@ -20,6 +23,10 @@ TITLES = {"crepe_tiny": "CREPE tiny", "crepe_full": "CREPE full", "minilm": "Min
 LINES = {"after training": (BLUE, "o"), "gradual": (GREEN, "s")}
 COLUMNS = {"engine": "engine", "onnxruntime": "ONNX Runtime", "openvino": "OpenVINO", "openvino_bf16": "OpenVINO bf16"}
 STOCK = {"onnxruntime": (ORANGE, "ONNX Runtime"), "openvino": ("#cc79a7", "OpenVINO")}
+# Half of what a text beside a point takes, all of it, and where its middle may lie, near places first; in points.
+HALF = np.array([15.0, 7.0])
+WHOLE = HALF * [(x, y) for x in np.linspace(-1, 1, 9) for y in np.linspace(-1, 1, 5)]
+PLACES = [(HALF + far) * (np.cos(turn), np.sin(turn)) for far in (5, 12, 20, 30) for turn in np.arange(16) * np.pi / 8]
 
 
 @dataclass(frozen=True)
@@ -43,6 +50,15 @@ class Panel:
     def of_method(self, *methods: str) -> list[Row]:
         return [row for row in self.rows if row["method"] in methods]
 
+    def in_engine(self, *methods: str) -> list[tuple[float, Row]]:
+        """Milliseconds in the engine and the row of each file that was timed there, from few zeros to many."""
+        rows = sorted(self.of_method(*methods), key=lambda row: row["zeros"])
+        return [
+            (self.milliseconds["engine", row["file"]], row)
+            for row in rows
+            if ("engine", row["file"]) in self.milliseconds
+        ]
+
     @property
     def dense(self) -> Row:
         [row] = self.of_method("dense")
@@ -59,30 +75,25 @@ class Panel:
 def draw(panels: Sequence[Panel], path: Path) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     with mpl.rc_context(STYLE):
-        figure, axes = plt.subplots(1, len(panels), figsize=(4.6 * len(panels), 4.2), squeeze=False)
+        figure, axes = plt.subplots(1, len(panels), figsize=(max(8, 4.8 * len(panels)), 4.8), squeeze=False)
         for panel, each in zip(panels, axes[0], strict=True):
             _panel(panel, each)
-        handles = {
-            label: handle for each in axes[0] for handle, label in zip(*each.get_legend_handles_labels(), strict=True)
-        }
-        figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=4, fontsize=9)
-        figure.savefig(path, dpi=150, metadata={"Software": None})
+        _legend(figure)
+        figure.draw_without_rendering()  # only then it is known where everything lies
+        for panel, each in zip(panels, axes[0], strict=True):
+            _name_points(panel, each)
+        figure.savefig(path, dpi=150, bbox_inches="tight", metadata={"Software": None})
         plt.close(figure)
     return path
 
 
 def _panel(panel: Panel, axes: Axes) -> None:
     dense = panel.dense["metric"]
-    axes.axhline(dense, color=GREY, lw=1, ls=":")
+    axes.axhline(dense, color=GREY, lw=1, ls=":", label="the dense network's metric")
     for method, (colour, marker) in LINES.items():
-        found = [(panel.milliseconds.get(("engine", row["file"])), row) for row in panel.of_method("dense", method)]
-        points = sorted(((ms, row) for ms, row in found if ms is not None), key=lambda point: point[1]["zeros"])
+        points = panel.in_engine("dense", method)
         if len(points) > 1:
             _points(axes, points, dense, color=colour, fmt=f"{marker}-", ms=5, label=f"engine, {ORDER[method]}")
-        for ms, row in points[1:]:
-            below = method == "after training"
-            axes.annotate(f"{100 * row['zeros']:g}", (ms, row["metric"]), (5, -10) if below else (-14, 4),
-                          textcoords="offset points", fontsize=8, color=colour)  # fmt: skip
     for runtime, (colour, title) in STOCK.items():
         for kind, row, style in _stock(panel, runtime):
             ms = panel.milliseconds.get((runtime, row["file"]))
@@ -91,13 +102,54 @@ def _panel(panel: Panel, axes: Axes) -> None:
                 _points(axes, [(ms, judged)], dense, color=colour, fmt=style, ms=8, mfc="none" if kind else colour,
                         label=f"{title}{kind or ', dense fp32'}")  # fmt: skip
     axes.set_xscale("log")
-    axes.xaxis.set_major_locator(mpl.ticker.LogLocator(subs=(1, 2, 5)))
+    axes.xaxis.set_major_locator(mpl.ticker.LogLocator(subs=(1, 1.5, 2, 3, 4, 6, 8)))
     axes.xaxis.set_major_formatter(mpl.ticker.FormatStrFormatter("%g"))
-    axes.xaxis.set_minor_formatter(mpl.ticker.NullFormatter())
+    axes.xaxis.set_minor_locator(mpl.ticker.NullLocator())
     axes.set(
-        title=f"{TITLES.get(panel.name, panel.name)}: {panel.dense['name']}",
-        xlabel="milliseconds, batch 1 (beside points: % zeros)",
+        title=TITLES.get(panel.name, panel.name),
+        xlabel="milliseconds a call, batch 1",
+        ylabel=f"{panel.dense['name']}, with 95 % intervals",
     )
+
+
+def _legend(figure: Figure) -> None:
+    """A column for the engine and for each stock runtime, of one length: matplotlib fills one after the other."""
+    handles = {
+        label: handle for axes in figure.axes for handle, label in zip(*axes.get_legend_handles_labels(), strict=True)
+    }
+    stock = tuple(title for _, title in STOCK.values())
+    columns = [[label for label in handles if label.startswith(title)] for title in stock]
+    columns = [[label for label in handles if not label.startswith(stock)], *columns]
+    length = max(map(len, columns))
+    labels = [label for column in columns for label in column + [""] * (length - len(column))]
+    shown = [handles.get(label) or plt.Line2D([], [], alpha=0) for label in labels]
+    figure.legend(shown, labels, loc="outside lower center", ncols=len(columns), fontsize=9)
+
+
+def _name_points(panel: Panel, axes: Axes) -> None:
+    """Beside each point of the engine its share of zeros, where it hides least of what is drawn; a line leads there."""
+    point = 72 / axes.figure.dpi  # of a pixel: texts have their sizes in points, and so has all here
+    paths = [(line.get_transform(), line.get_xydata()) for line in axes.lines if line.get_linestyle() != "None"]
+    paths += [(bars.get_transform(), bar) for bars in axes.collections for bar in bars.get_segments()]
+    drawn = np.concatenate([_along(transform.transform(path) * point) for transform, path in paths if len(path)])
+    low, high = axes.get_window_extent().get_points() * point
+    for method, colour in (("dense", GREY), *((method, colour) for method, (colour, _) in LINES.items())):
+        for ms, row in panel.in_engine(method):
+            where = axes.transData.transform((ms, row["metric"])) * point
+            inside = [place for place in PLACES if ((low < where + place - HALF) & (where + place + HALF < high)).all()]
+            place = min(inside, key=lambda place: (np.abs(drawn - where - place) < HALF).all(1).sum())
+            drawn = np.concatenate([drawn, _along(np.array([where, where + place])), where + place + WHOLE])
+            axes.annotate(
+                f"{100 * row['zeros']:g} %" if row["zeros"] else "dense", (ms, row["metric"]), place,
+                textcoords="offset points", ha="center", va="center", fontsize=8, color=colour,
+                arrowprops={"arrowstyle": "-", "lw": 0.5, "color": colour, "shrinkA": 0, "shrinkB": 3},
+            )  # fmt: skip
+
+
+def _along(path: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+    """A path's corners, and places between them about a point apart."""
+    pieces = [np.linspace(a, b, 2 + int(np.abs(b - a).max())) for a, b in itertools.pairwise(path)]
+    return np.concatenate([path, *pieces])
 
 
 def _stock(panel: Panel, runtime: str) -> list[tuple[str, Row, str]]:
