@@ -67,7 +67,7 @@ def save(model: nn.Module, plan: Plan, folder: str | Path, *, overwrite: bool = 
 
 
 def write_model(model: nn.Module, plan: Plan, folder: Path) -> dict[str, pack.Coded]:
-    """Writes `model.safetensors` into a folder that the caller has claimed; without `write_plan` it is no artefact yet."""
+    """Writes `model.safetensors` into a folder that the caller claimed; without `write_plan` it is no artefact yet."""
     (folder / PLAN).unlink(missing_ok=True)
     tensors, ties = tensors_and_ties(model)
     return pack.save_file(folder / MODEL, tensors, hints=plan.formats, ties=ties)

@@ -101,7 +101,7 @@ def _is_unfinished_demo(folder: Path) -> bool:
 
 @contextlib.contextmanager
 def _one_thread() -> Iterator[None]:
-    """A network this small gains nothing from more, and one thread gives the same figures on every machine of a kind."""
+    """A network this small gains nothing from more, and one thread gives the same figures on each machine of a kind."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     try:

@@ -24,7 +24,7 @@ _SPLITS = {"train": slice(0, 1197), "validation": slice(1197, 1397), "test": sli
 
 
 class DigitsNet(nn.Sequential):
-    """A plain network for 8 x 8 images: three convolutions with batch norm and ReLU, one linear layer; 68,362 parameters.
+    """A plain network for 8 x 8 images: three convolutions with batch norm and ReLU, a linear layer; 68,362 parameters.
 
     >>> sum(p.numel() for p in DigitsNet().parameters())
     68362

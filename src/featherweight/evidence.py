@@ -135,7 +135,7 @@ def _gzip_bytes(tensors: Mapping[str, Tensor]) -> int:
 
 
 def show(evidence: Evidence, folder: Path | None, tell: Tell) -> tuple[dict[str, Any], tuple[Scorecard, Scorecard]]:
-    """Measures what a run came to, writes the artefact where there is a folder, and gives the report with both scorecards.
+    """Measures what a run came to, writes the artefact if there is a folder, and gives the report with both scorecards.
 
     An export, a runtime or a page that fails is a line in the report's warnings; the model and its plan are written.
     """
@@ -270,7 +270,7 @@ def _report(
 
 
 def _layers(evidence: Evidence, coded: Mapping[str, pack.Coded]) -> list[dict[str, Any]]:
-    """One row a layer of the model as it is now, beside its shape before, its codec, and why it was or was not touched."""
+    """One row a layer of the model as it is now, beside its shape before, its codec, and why it was touched or not."""
     counts = measure.count(evidence.model, evidence.task.example_inputs)
     shapes = {name: list(tensor.shape) for name, tensor in evidence.task.model.state_dict().items()}
     chosen = {fact["name"]: fact for facts in evidence.stages for fact in facts.selection}
@@ -328,7 +328,7 @@ def _parent(model: nn.Module, name: str) -> nn.Module:
 
 
 def _width_left(module: nn.Module | None) -> int:
-    """Of what stands where a layer stood: the last of a factor's two layers, the queries of our attention; 0 of no layer."""
+    """Of what stands where a layer stood: a factor's second layer, the queries of our attention; 0 of no layer."""
     if isinstance(module, nn.Sequential):
         module = next(reversed(list(module)), None)
     if isinstance(module, Attention):

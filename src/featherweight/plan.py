@@ -135,7 +135,7 @@ class FakeQuant:
 
 @dataclasses.dataclass(frozen=True)
 class Fold:
-    """Takes the BatchNorm `norm` into the conv, transposed conv or linear layer before it; an Identity stays in its place.
+    """Takes the BatchNorm `norm` into the conv, transposed conv or linear layer before it; an Identity takes its place.
 
     Saves the norm's parameters and its time, and lets integer runtimes requantize once. The layer gets a bias if it has
     none. In evaluation the model answers as before; it is for the caller to know that `norm` reads `layer` and nothing
@@ -226,7 +226,7 @@ class Plan:
 
 
 def _entry(edit: Edit) -> dict[str, Any]:
-    """Fields that came later have defaults and are written only where they differ: earlier versions read what they know."""
+    """Later fields have defaults and are written only where they differ: earlier versions read what they know."""
     said = {field.name for field in dataclasses.fields(edit) if getattr(edit, field.name) != field.default}
     return {"kind": edit.kind, **{name: value for name, value in dataclasses.asdict(edit).items() if name in said}}
 

@@ -200,7 +200,7 @@ class _Enough(Exception):
 
 
 def _timed(train: Train, rounds: int, task: Task, seconds: float) -> dict[str, Any]:
-    """Runs the first steps of a training on a copy; the median step stands for all, the first one, if it can, for none."""
+    """Runs the first steps of a training on a copy; the median step stands for all, the first, if it can, for none."""
     ends = [time.perf_counter()]
     total = 0
 

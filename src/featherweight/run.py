@@ -173,7 +173,7 @@ class _Run:
         self.before = self._before()
 
     def _before(self) -> Scorecard:
-        """The dense model's scorecard; the work folder starts with the recipe, so that a resumed run is the same run."""
+        """The dense model's scorecard; the work folder starts with the recipe, so that a resumed run is the same."""
         entry = {"recipe": [to_dict(method) for method in self.recipe.stages], "seed": self.recipe.seed}
         if self.work is not None and self.main:
             self.work.mkdir(exist_ok=True)
@@ -275,7 +275,7 @@ class _Run:
         self.done.append(StageFacts.from_dict(state["facts"]))
 
     def finish(self, command: str | None) -> Result:
-        """Measures, writes the folder, loads it again to see that it is what it says, and only then removes the work."""
+        """Measures, writes the folder, loads it back to see that it is what it says, and only then removes the work."""
         self.tell(
             {"kind": "stage", "name": "measure, export, write", "index": len(self.done) + 1, "of": len(self.done)}
         )

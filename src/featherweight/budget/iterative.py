@@ -57,7 +57,7 @@ class Until:
 
 @dataclasses.dataclass(frozen=True)
 class Iterative:
-    """Repeats the methods of `step` until `until` holds, at most `rounds` times; keeps the last state that met the metric.
+    """Repeats `step`'s methods until `until` holds, at most `rounds` times; keeps the last state that met the metric.
 
     Saves what its steps save. A typical step is `(Prune(sparsity=0.2, of="remaining"), Train(...))`. After each round
     the packed size is computed exactly and the metric evaluated; a round that lets the metric fall too far is undone
@@ -244,6 +244,6 @@ class _Rounds:
 
 
 def _become(model: nn.Module, state: nn.Module) -> None:
-    """Gives `model` the modules and tensors of `state`, a copy of it at another time: edits cannot be undone one by one."""
+    """Gives `model` the modules and tensors of `state`, its copy at another time: edits cannot be undone one by one."""
     model.__dict__.clear()
     model.__dict__.update(state.__dict__)

@@ -141,7 +141,7 @@ def exit_code(report: Mapping[str, Any], unmet: Sequence[str]) -> int:
 
 
 def export_failure(report: Mapping[str, Any]) -> str:
-    """What is wrong with the export, or nothing. Packages that are not installed were not asked for: that is a warning."""
+    """What is wrong with the export, or nothing. Packages not installed were not asked for: that is a warning."""
     export = report.get("export") or {}
     if export.get("path"):
         return "" if export["parity"]["passed"] else str(export["parity"]["words"])

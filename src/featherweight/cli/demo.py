@@ -28,7 +28,7 @@ def command(
     ] = False,
     json: Json = False,
 ) -> dict[str, Any]:
-    """Trains a small network on real handwritten digits, prunes it to 90 % zeros while it trains, and proves the result.
+    """Trains a small network on real handwritten digits, prunes it to 90 % zeros meanwhile, and proves the result.
 
     About a minute, without network: trains, prunes, packs, exports to ONNX, checks that the export answers as PyTorch
     does, measures, and prints one table and the path of the report.

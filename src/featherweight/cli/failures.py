@@ -33,7 +33,7 @@ _INSTALLED = tuple(
 
 @contextlib.contextmanager
 def explained(*, debug: bool, answer: TextIO | None) -> Iterator[None]:
-    """Turns an exception into one message on stderr, an `error` object on `answer` where one is given, and an exit code."""
+    """Turns an exception into one message on stderr, an `error` object on `answer` if given, and an exit code."""
     try:
         yield
     except (TyperException, typer.Exit, typer.Abort, BrokenPipeError):  # typer's to answer

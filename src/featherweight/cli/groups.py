@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What `inspect` says of a trace: which channels and heads go together, what one costs, and what is frozen where and why.
+"""What `inspect` says of a trace: which channels and heads go together, what one costs, what is frozen where and why.
 
 `laid_out` makes one dict of a trace, which is what --json prints; `show` draws tables of it. A network of a hundred
 blocks is frozen at the same few lines of its code, so that frozen axes are told by line and not one by one.
@@ -173,7 +173,7 @@ def _show_frozen(frozen: Sequence[Mapping[str, Any]], lines: int) -> None:
 
 
 def _axis(axis: Mapping[str, Any]) -> str:
-    """`fc.weight[:, 0:8]` is more than anybody wants to read; which tensor, which axis and how many positions will do."""
+    """`fc.weight[:, 0:8]` is more than anybody wants to read; the tensor, the axis and how many positions will do."""
     return f"{axis['tensor']} axis {axis['axis']} ({axis['positions']})"
 
 

@@ -26,7 +26,7 @@ __all__ = ["measured", "show"]
 
 
 def measured(task: Task, trace: Trace) -> dict[str, Any]:
-    """Both tables as JSON-able data, with the metric's name and direction. One evaluation for the model, and two a head.
+    """Both tables as JSON-able data, with the metric's name and direction. One evaluation for the model and two a head.
 
     Raises `OptionError` for a task that has no metric, and `NothingToCompress` for a model without heads.
     """

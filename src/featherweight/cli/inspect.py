@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`featherweight inspect`: what a model consists of, what would and would not be pruned, and which channels go together."""
+"""`featherweight inspect`: what a model consists of, what would be pruned or not, and which channels go together."""
 
 from __future__ import annotations
 

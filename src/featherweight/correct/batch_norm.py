@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""BatchNorm's running statistics, estimated anew: compression moves what a layer gives, the old statistics do not follow.
+"""BatchNorm's running statistics, estimated anew: compression moves what a layer gives, old statistics do not follow.
 
 Exact over the calibration samples: sums over all batches, not torch's exponential average, nor the mean of the batches'
 variances, which leaves out how far their means lie apart. The first pass normalizes by each batch's own statistics, as

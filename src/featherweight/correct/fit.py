@@ -62,7 +62,7 @@ def fit_outputs(
     seed: int = 0,
     progress: Callable[[int, int], None] = lambda step, total: None,
 ) -> Moved:
-    """Trains what remains of your model on the reference's outputs, and leaves it in its best state on held-out samples.
+    """Trains what remains of your model on the reference's outputs and leaves it in its best state on held-out samples.
 
     Adam, `epochs` passes over the batches, its step falling as a cosine from `lr` times the root mean square of each
     tensor's non-zeros, so that weights of any scale move alike. After `patience` epochs without a lower held-out

@@ -35,7 +35,7 @@ _MODEL, _REFERENCE = "the compressed model", "the dense reference"
 
 
 def output_error(model: nn.Module, reference: nn.Module, batches: Iterable[Any], forward: Forward) -> float:
-    """||y - y_ref||² / ||y_ref||² over all batches, both models in evaluation mode; the mean where there are more outputs.
+    """||y - y_ref||² / ||y_ref||² over all batches, both models in evaluation mode; the mean of several outputs.
 
     Every floating-point tensor of the answer (tensor, tuple, dict, dataclass, nested at will) has a relative error of
     its own, summed over batches in float64, so that each counts alike whatever its scale; their mean is returned. An
@@ -76,7 +76,7 @@ def _ratio(error: float, energy: float) -> float:
 
 
 def _compare(answer: Tensor | None, target: Tensor, mask: Tensor | None, where: str) -> tuple[float, float]:
-    """||y - y_ref||² and ||y_ref||² at the positions that count. Equal infinities (masked logits) agree and weigh nothing."""
+    """||y - y_ref||² and ||y_ref||² at counted positions. Equal infinities (masked logits) agree and weigh nothing."""
     if answer is None or answer.shape != target.shape:
         found = "nothing" if answer is None else describe(answer)
         raise OptionError(

@@ -74,7 +74,7 @@ def restore(saved: Snapshot) -> None:
 
 @contextlib.contextmanager
 def undone_on_error(tensors: Iterable[Tensor]) -> Iterator[Snapshot]:
-    """Gives the tensors their values back where anything is raised, Ctrl-C included. Yields the copy it holds of them."""
+    """Gives the tensors their values back where anything is raised, Ctrl-C included. Yields the copy of them."""
     saved = snapshot(tensors)
     try:
         yield saved
@@ -84,7 +84,7 @@ def undone_on_error(tensors: Iterable[Tensor]) -> Iterator[Snapshot]:
 
 
 def canonical(model: nn.Module, names: Iterable[str], option: str = "frozen") -> set[int]:
-    """Identities of the parameters with these names, any of a tied one's. Raises `OptionError` with the nearest names."""
+    """Identities of parameters with these names, any of a tied one's. Raises `OptionError` with the nearest names."""
     known: Mapping[str, nn.Parameter] = dict(unwrap(model).named_parameters(remove_duplicate=False))
     wrong = [name for name in names if name not in known]
     if wrong:
@@ -94,7 +94,7 @@ def canonical(model: nn.Module, names: Iterable[str], option: str = "frozen") ->
 
 
 def shared_parameters(model: nn.Module) -> set[int]:
-    """Identities of the parameters that more than one module holds: what is right for one of them is not for the other."""
+    """Identities of the parameters that more than one module holds: what is right for one is not for the other."""
     owners: dict[int, int] = {}
     for module in unwrap(model).modules():
         for parameter in {id(p): p for p in module.parameters(recurse=False)}.values():

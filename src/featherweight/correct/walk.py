@@ -105,7 +105,7 @@ def walk(
     forward: Forward,
     progress: Callable[[int, int], None] = lambda step, total: None,
 ) -> tuple[list[str], dict[str, str]]:
-    """Corrects your model in place, all sites in one pass. Returns the names of what was set, and what was left and why.
+    """Corrects your model in place, all sites in one pass. Returns names of what was set, and what was left and why.
 
     Sites of one layer are folded in their order. Raises `DataError` for no batch and `NumericalError` that names layer
     and model where a layer's values are not finite; the model is then as it was.

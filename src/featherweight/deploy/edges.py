@@ -64,7 +64,7 @@ def quantized_by(value: Any) -> Affine | None:
 
 
 def is_integer(node: Any) -> bool:
-    """Whether a layer's input and weight are integers such as kernels take: a weight with one scale a row, no zero points."""
+    """Whether input and weight are integers such as kernels take: a weight with one scale a row, no zero points."""
     return bool(is_standard(node, "Conv", "ConvTranspose", "Gemm", "MatMul")) and (
         quantized_by(node.inputs[0]) is not None and _plain_weight(node)
     )
@@ -207,7 +207,7 @@ def _fixed(values: Iterable[Any]) -> Affine | None:
 
 
 def place_edges(edges: Edges, grid_of: Callable[[tuple[str, ...]], Affine]) -> int:
-    """Puts the grids into the graph; `grid_of` gives one for values that have none yet. The answer is how many are new."""
+    """Puts the grids into the graph; `grid_of` gives one to values that have none. The answer is how many are new."""
     new = 0
     for values, fixed in edges.classes:
         grid = fixed if fixed is not None else grid_of(tuple(value.name for value in values))

@@ -230,7 +230,7 @@ def _shapes(arguments: Mapping[str, Any], free: Sequence[dict[int, str]]) -> dic
 
 
 def _lengths(inputs: tuple[Any, ...], others: Sequence[tuple[Any, ...]]) -> list[dict[int, str]]:
-    """By tensor: the axes behind the first whose size is not always the same, named; those that vary together by one name."""
+    """By tensor: the axes behind the first whose size varies, named; those that vary together by one name."""
     calls = [flatten_inputs(call) for call in (inputs, *others)]
     for other in calls[1:]:
         if [leaf.ndim for leaf in other] != [leaf.ndim for leaf in calls[0]]:
@@ -375,7 +375,7 @@ def _is_axes(value: Any) -> bool:
 
 
 def _strip(written: Any) -> None:
-    """Takes out what the exporter notes beside the graph: stack traces with the model's source and this machine's paths."""
+    """Takes out what the exporter notes beside the graph: traces with the model's source and this machine's paths."""
     graphs = (written.graph, *written.functions.values())
     nodes = [node for graph in graphs for node in graph.all_nodes()]
     values = [value for graph in graphs for value in graph.inputs] + [v for node in nodes for v in node.outputs]
@@ -430,7 +430,7 @@ def _any_batch(open_axes: Mapping[str, tuple[int, ...]]) -> bool:
 
 
 def _publish(job: _Job, made: _Made, path: Path) -> Export:
-    """Reads what was written, then gives the files their names: the weights first, so that the graph never lacks them."""
+    """Reads what was written, then gives the files their names: weights first, so that the graph never lacks them."""
     proto, open_axes = _facts(made.file)
     opset = next(entry.version for entry in proto.opset_import if entry.domain in ("", "ai.onnx"))
     notes = [*made.notes, *made.integers.notes]

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a runtime makes of a quantized file: which layers it computes in integers, which stayed in floating point, and why.
+"""What a runtime makes of a quantized file: which layers it computes in integers, which stayed floating point, and why.
 
 A QDQ file only offers integers. A runtime that finds no kernel for a pattern computes it in floating point,
 dequantizing weights at each call, slower than the plain float file, and says nothing. So its own optimised graph is

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Our own exact reference of a QDQ file: what an integer runtime is to compute, in NumPy, and how far runtimes are from it.
+"""Our exact reference of a QDQ file: what an integer runtime is to compute, in NumPy, and how far runtimes are from it.
 
 Products are summed in integers (`arithmetic`) wherever a layer's input and weight are: "DQ, op, Q" becomes one exact
 sum, one multiplication and one rounding. Sums, products of two tensors, concatenations and pooling follow the
@@ -33,7 +33,7 @@ _CLAMPS = ("Relu", "Clip")
 
 @dataclasses.dataclass(frozen=True)
 class _Unit:
-    """A layer on integers: its node, the Relu and Clip behind it, and the QuantizeLinear at the end (None: floats out)."""
+    """A layer on integers: its node, Relu and Clip behind it, and the QuantizeLinear at the end (None: floats out)."""
 
     node: Any
     clamps: tuple[Any, ...]
@@ -63,7 +63,7 @@ class IntegerReference:
         return tuple(values[name] for name in self.output_names)
 
     def values(self, inputs: tuple[Any, ...], forced: Mapping[str, Array] | None = None) -> dict[str, Array]:
-        """All values by name. A value that is in `forced` is computed and kept, and read by other nodes as it is there."""
+        """All values by name. A value in `forced` is computed and kept, and read by other nodes as it is there."""
         leaves = [np.asarray(leaf) for leaf in flatten_inputs(inputs)]
         if len(leaves) != len(self.input_names):
             raise DataError(
@@ -146,7 +146,7 @@ class IntegerReference:
 
 
 def _units(graph: Any) -> dict[Any, _Unit]:
-    """Layers on integers by the node at which they end: the QuantizeLinear, or the layer itself where floats come out."""
+    """Layers on integers by the node that ends them: the QuantizeLinear, or the layer itself where floats come out."""
     found: dict[Any, _Unit] = {}
     for node in graph:
         if not (is_standard(node, *_ACCUMULATING) and _takes_integers(node)):
@@ -248,7 +248,9 @@ class Agreement:
 def agreement(
     path: str | Path, inputs: Sequence[tuple[Any, ...]], runtimes: Iterable[str] | None = None
 ) -> tuple[Agreement, ...]:
-    """Runs a QDQ file in each runtime that has integers and in the integer reference. Differences add up over layers: see `agreement_by_node`.
+    """Runs a QDQ file in each runtime that has integers and in the integer reference.
+
+    Differences add up over layers: see `agreement_by_node`.
 
     Raises `ArtefactError` for a file that cannot be read, `MissingExtra` for a runtime that is not installed.
     """
@@ -285,7 +287,7 @@ def _step(value: Any, answers: list[Array]) -> float:
 
 @dataclasses.dataclass(frozen=True)
 class NodeAgreement:
-    """One QuantizeLinear's integers in a runtime and in the reference, both given the runtime's own inputs of that node."""
+    """One QuantizeLinear's integers in a runtime and in the reference, both given the runtime's inputs of that node."""
 
     name: str
     op: str

@@ -77,7 +77,7 @@ def _marker(grid: FakeQuantize) -> tuple[str, nn.Module]:
 
 
 class _Static(nn.Module):
-    """QuantizeLinear and DequantizeLinear with constants. uint8, as runtimes multiply uint8 by int8: zero_point + 128."""
+    """QuantizeLinear, DequantizeLinear with constants. uint8, as runtimes multiply uint8 by int8: zero_point + 128."""
 
     scale: Tensor
     zero_point: Tensor

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""An ONNX graph in memory (onnx_ir's), read and edited: constants, quantized values, pairs of Q and DQ between nodes."""
+"""An ONNX graph in memory (onnx_ir's), read and edited: constants, quantized values, Q and DQ pairs between nodes."""
 
 from __future__ import annotations
 
@@ -87,7 +87,7 @@ def constant(value: Any) -> NDArray[Any] | None:
 
 
 def evaluate(node: Any, inputs: list[NDArray[Any] | None]) -> list[NDArray[Any]]:
-    """The outputs of one node, by itself, in floating point where it computes at all: ONNX's reference implementation."""
+    """Outputs of one node, by itself, in floating point where it computes at all: ONNX's reference implementation."""
     onnx, tools = require("onnx", extra="onnx"), ir()
     reference = require("onnx.reference", extra="onnx")
     proto = tools.serde.serialize_node(node)

@@ -75,7 +75,7 @@ def parity(
     tolerance: float = TOLERANCE,
     runtime: str = "onnxruntime",
 ) -> Parity:
-    """Runs the model and the file on each tuple of inputs and compares all outputs. A failure is an answer, not an error.
+    """Runs model and file on each tuple of inputs and compares all outputs. A failure is an answer, not an error.
 
     Integer and boolean outputs must be equal. `tolerance` is relative to each output's largest value and meant for
     float32; half precision needs about 1e-2.
@@ -200,7 +200,7 @@ class _Worst:
 
 
 class _Steps:
-    """Differences of each output, of the file and of the model without grids, kept until the output's range is known."""
+    """Differences of each output, of the file and of the model without grids, kept until its range is known."""
 
     def __init__(self) -> None:
         self.seen: dict[str, list[tuple[Tensor, Tensor, Tensor]]] = {}

@@ -71,7 +71,7 @@ class Integers:
 
 
 def in_integers(model: Any, parameters: Mapping[str, Tensor], *, int4: bool) -> Integers:
-    """Puts this graph's weights and biases into integers; the grids on inputs are there (`markers.mark`). Saves 4x bytes."""
+    """Puts the graph's weights and biases into integers; grids on inputs are there (`markers.mark`). Saves 4x bytes."""
     _absorb_pads(model)
     weights = integer_weights(model, parameters, int4=int4)
     _float_ends(model)
@@ -85,7 +85,7 @@ def in_integers(model: Any, parameters: Mapping[str, Tensor], *, int4: bool) -> 
 
 
 def _symmetric(model: Any) -> list[str]:
-    """ONNX Runtime leaves a Relu out only before a grid whose least value is 0, and computes in floats else: measured 4x."""
+    """ONNX Runtime leaves a Relu out only before a grid of least value 0, and computes in floats else: measured 4x."""
     count = 0
     for node in model.graph:
         grid = affine_of(node) if is_standard(node, "QuantizeLinear") else None
@@ -100,7 +100,7 @@ def _symmetric(model: Any) -> list[str]:
 
 
 def _absorb_pads(model: Any) -> None:
-    """A Pad with zeros, then Q, DQ and Conv: the conv pads by itself, since zero is on every grid. Else Pad is a pass."""
+    """A Pad with zeros, then Q, DQ, Conv: the conv pads by itself, since zero is on every grid. Else Pad is a pass."""
     for node in list(model.graph):
         quantize: Any = next(iter(node.outputs[0].consumers()), None) if is_standard(node, "Pad") else None
         if not is_standard(quantize, "QuantizeLinear") or len(list(node.outputs[0].uses())) != 1:
@@ -126,7 +126,7 @@ def _pads_itself(node: Any) -> bool:
 
 
 def _float_ends(model: Any) -> None:
-    """A Gemm whose output has no grid becomes a MatMul, for which alone ONNX Runtime has an integer kernel with floats out.
+    """A Gemm with no output grid becomes a MatMul, for which alone ONNX Runtime has an integer kernel with floats out.
 
     The bias is subtracted with its sign turned: MatMul and Add would be fused to a Gemm again, before any Q and DQ.
     """
@@ -164,7 +164,7 @@ def _ends_in_integers(node: Any) -> bool:
 
 
 def _biases(model: Any) -> int:
-    """int32 at the scale of the products, as accumulators are: an error of half a unit there, far below any grid's step."""
+    """int32 at the products' scale, as accumulators are: an error of half a unit there, far below any grid's step."""
     count = 0
     for node in list(model.graph):
         if not is_standard(node, "Conv", "Gemm") or len(node.inputs) < 3 or not is_integer(node):
@@ -237,7 +237,7 @@ def _take_over(old: Any, new: Any) -> None:
 
 
 def with_edges(path: Path, calibration: Iterable[Any], target: Path, scratch: Path) -> int:
-    """Writes `path` to `target` with grids on the edges between its quantized layers; the answer is how many are new."""
+    """Writes `path` to `target` with grids on edges between its quantized layers; the answer is how many are new."""
     tools = ir()
     model = tools.load(str(path))
     edges = find_edges(model.graph)
@@ -252,7 +252,7 @@ def with_edges(path: Path, calibration: Iterable[Any], target: Path, scratch: Pa
 
 
 def _widen_clips(model: Any) -> None:
-    """A Clip whose end is the grid's but for a rounding is moved to it: ONNX Runtime leaves it out then, and only then."""
+    """A Clip whose end is the grid's but for rounding is moved to it: ONNX Runtime leaves it out then and only then."""
     for node in model.graph:
         clip = node.inputs[0].producer() if is_standard(node, "QuantizeLinear") else None
         grid = affine_of(node)

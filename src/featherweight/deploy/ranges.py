@@ -113,7 +113,7 @@ def call_inputs(batch: Any, names: Sequence[str]) -> tuple[Any, ...]:
 
 
 def calibration_inputs(model: nn.Module, task: Task, samples: int = 512) -> Iterator[tuple[Any, ...]] | None:
-    """The model's arguments on the task's calibration data (or its training data), for `samples` samples or a batch more.
+    """The model's arguments on the task's calibration data (or training data), for `samples` samples or a batch more.
 
     None where the task has no data. The task's `forward` decides how a batch is given to the model; its call is caught.
     """
@@ -122,7 +122,7 @@ def calibration_inputs(model: nn.Module, task: Task, samples: int = 512) -> Iter
 
 
 def other_sizes(model: nn.Module, task: Task, samples: int = 512) -> list[tuple[Any, ...]]:
-    """Calls in the task's data whose tensors differ from the example's in a size, the batch aside; one for each new axis.
+    """Calls in the task's data whose tensors differ from the example's in size, the batch aside; one for each new axis.
 
     For `export_onnx(..., others=...)`. Nothing where all are as the example, or where the task has no data.
     """

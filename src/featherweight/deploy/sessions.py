@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Runtimes as callables: torch, the engine, ONNX Runtime and OpenVINO all called as the model is, by place or by name, tensors out.
+"""Runtimes as callables: torch, engine, ONNX Runtime, OpenVINO; called as the model is, by place or name, tensors out.
 
 One precision (float32 stays float32: OpenVINO would take bfloat16 where the CPU has it), fixed threads, and no thread
 that spins on when a call has ended, so that sessions can be timed against each other. No telemetry: OpenVINO's import
@@ -118,7 +118,7 @@ def flatten_inputs(inputs: tuple[Any, ...]) -> list[Any]:
 
 
 def named_tensors(values: Mapping[str, Any]) -> list[tuple[str, Any]]:
-    """The tensors and arrays in arguments by name, each with the name of its argument, and its place where that is nested.
+    """Tensors and arrays in arguments by name, each with the name of its argument, and its place where that is nested.
 
     >>> [name for name, _ in named_tensors({"x": torch.tensor(1), "pair": [torch.tensor(2), {"mask": torch.tensor(3)}]})]
     ['x', 'pair_0', 'pair_1_mask']

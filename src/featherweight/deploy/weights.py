@@ -33,7 +33,7 @@ _ROUNDING = 2.0**-23
 
 @dataclasses.dataclass
 class Weights:
-    """What became of a graph's weights: how many are int8 and int4, and which nodes compute in floating point all the same.
+    """What became of a graph's weights: how many are int8 and int4, which nodes compute in floating point all the same.
 
     `stored` have weights that are integers in the file alone; the input of `uneven` has a grid, and their weights have
     zero points or several scales a row, which no integer kernel takes.
@@ -64,7 +64,7 @@ class Weights:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class _Integers:
-    """q and zero points of rows x columns, in the file's terms: values = scale (q - zero_point), a scale a row or chunk."""
+    """q and zero points of rows x columns, as in the file: values = scale (q - zero_point), a scale a row or chunk."""
 
     q: NDArray[np.int8]
     scale: NDArray[np.float32]  # (rows, chunks)

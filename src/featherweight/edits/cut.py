@@ -143,7 +143,7 @@ def cut(
 
 
 def refusals(model: nn.Module, trace: Trace, inputs: Inputs, *, seed: int = 0) -> dict[str, str]:
-    """The groups of a trace that `cut` cannot carry out in your model's own code, each with the reason. Changes nothing.
+    """Groups of a trace that `cut` cannot carry out in your model's own code, each with the reason. Changes nothing.
 
     Tried on copies: one coupling of all groups at once, and by halves where that fails. Ask before you choose couplings
     of many groups, since `cut` carries out all of a choice or nothing.
@@ -221,7 +221,7 @@ def _by_group(couplings: Iterable[Coupling], trace: Trace) -> dict[str, np.ndarr
 def _slices(
     model: nn.Module, trace: Trace, removed: Mapping[str, np.ndarray]
 ) -> tuple[tuple[Edit, ...], set[tuple[str, int]]]:
-    """Swaps of torch's attention where it is cut, and one slice for each axis; and which of these axes are contracted."""
+    """Swaps of torch's attention where it is cut, and a slice for each axis; and which of these axes are contracted."""
     gone: dict[tuple[str, int], list[np.ndarray]] = {}
     read: set[tuple[str, int]] = set()
     for name, indices in removed.items():

@@ -218,7 +218,7 @@ def _place(names: Mapping[int, str]) -> str:
 
 
 def double(model: nn.Module) -> nn.Module:
-    """A copy of the model in float64 and eval mode that shares nothing with it. Raises `EditError` where none can be made.
+    """A copy of the model in float64 and eval mode that shares nothing with it. Raises `EditError` if none can be made.
 
     >>> double(nn.Linear(2, 1).half()).weight.dtype
     torch.float64
@@ -271,7 +271,7 @@ def _double_by_default() -> Iterator[None]:
 
 @contextlib.contextmanager
 def _plain_kernels() -> Iterator[None]:
-    """Without torch's fused path for transformer layers, whose norms nobody sees; cuDNN has no backward in eval mode."""
+    """Without torch's fused path of transformer layers, whose norms nobody sees; cuDNN has no backward in eval mode."""
     fast = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)
     try:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Sizes that a model's code keeps as plain numbers, found where a cut makes them wrong: `num_heads`, `view(b, n, 12, 64)`.
+"""Sizes that a model's code keeps as numbers, found where a cut makes them wrong: `num_heads`, `view(b, n, 12, 64)`.
 
 A trace says which sizes of which layer's operations change, and to what. A number of that layer (or of a layer around
 it) that equals such a size may be that size, or equal it by chance. So it is tried: none changed, all changed, then

@@ -173,7 +173,7 @@ def _attention_sizes(model: nn.Module, tensor: Tensor, edit: Slice) -> list[tupl
 
 
 def _fused_sizes(module: SelfAttention, edit: Slice) -> dict[str, Any]:
-    """Whole heads may go, with all their queries, keys and values, and the same number of positions in each that stays."""
+    """Whole heads may go, with their queries, keys and values, and the same number of positions in each that stays."""
     kept = Counter(module.part_and_head(row) for row in edit.keep)
     heads = {head for _, head in kept}
     sizes = {part: {kept[part, head] for head in heads} for part in ("q", "k", "v")}

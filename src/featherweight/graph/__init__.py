@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Comb: which channels and heads of a model belong together, found by labels that ride through its graph. Changes nothing."""
+"""Comb: which channels and heads of a model belong together, by labels that ride through its graph. Changes nothing."""
 
 from featherweight.graph.combing import trace
 from featherweight.graph.couplings import Coupling, Frozen, Group, Member, Op, Role, Size, Trace

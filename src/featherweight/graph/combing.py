@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`trace`: from a model and inputs to couplings. Labels walk through the graph; the classes that are left are couplings."""
+"""`trace`: from a model and inputs to couplings. Labels walk through the graph; the classes left over are couplings."""
 
 from __future__ import annotations
 
@@ -98,7 +98,7 @@ class Assembly:
         return self.roots[axis.first : axis.first + axis.size]
 
     def _group(self) -> tuple[Group, ...]:
-        """Classes by the axes that they have positions on; alike classes are a group, in the order of their first position."""
+        """Classes by the axes of their positions; alike classes are a group, in the order of their first position."""
         where = np.repeat(np.arange(len(self.own)), [axis.size for axis in self.own])
         position = np.concatenate([np.arange(axis.size) for axis in self.own] or [np.empty(0, int)])
         root = np.concatenate([self._roots(axis) for axis in self.own] or [np.empty(0, int)])

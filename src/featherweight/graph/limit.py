@@ -22,7 +22,7 @@ class _TimeIsUp(BaseException):
 
 @contextlib.contextmanager
 def limited(seconds: float, what: str) -> Iterator[float]:
-    """Stops the work inside after `seconds`, with a `GraphError` that names `what`; gives the deadline on the monotonic clock.
+    """Stops work inside after `seconds`, with a `GraphError` naming `what`; gives the deadline on the monotonic clock.
 
     >>> with limited(60.0, "waiting") as deadline:
     ...     round(deadline - time.monotonic())

@@ -62,7 +62,7 @@ def rewrite(
     grain: Literal["heads", "dims"] = "heads",
     seconds: float = 300.0,
 ) -> Program:
-    """The model's exported program with these couplings (indices by group of its trace) cut out. The model stays as it is.
+    """The model's exported program with these couplings (indices by group of its trace) cut out. The model stays as is.
 
     Tensors are sliced, and every size in the graph follows from the labels that are left. Saves what the cut channels
     cost. Raises `GraphError` where the model cannot be exported, and for an operation whose sizes cannot be told.

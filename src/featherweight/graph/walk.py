@@ -141,7 +141,7 @@ class Walk:
         return value.shape[axis], axis, tuple(plane for plane in value.planes if plane.shape[axis] > 1)
 
     def role(self, value: Value, roles: Mapping[int, Role]) -> None:
-        """What the axes of the model's own tensors in this value are to the op; the first word counts, output above all."""
+        """What the axes of the model's tensors in this value are to the op; the first word counts, output above all."""
         if value.tensor is None:
             return
         for axis, role in roles.items():

@@ -65,7 +65,7 @@ class Grid:
         return (weights.double() / step + zero_point).round_().clamp_(self.low, self.high).to(torch.int32)
 
     def values(self, integers: Tensor) -> Tensor:
-        """step · (q - zero_point) for q (rows, d), in float64 and exact; each is a float32 number's worth of rounding from one."""
+        """step · (q - zero_point) for q (rows, d), in float64, exact; each is a float32 number but for a rounding."""
         step, zero_point = self.at(torch.arange(integers.shape[1], device=integers.device))
         return step * (integers.double() - zero_point)
 
@@ -76,7 +76,7 @@ class Grid:
 
 @dataclasses.dataclass(frozen=True)
 class GridSpec:
-    """What a grid is to be: `bits` (1 to 16), symmetric or not, and how many columns share a scale (None: the whole row).
+    """What a grid is to be: `bits` (1 to 16), symmetric or not, and how many columns share a scale (None: a whole row).
 
     How far its range goes is the `search`'s to say. `minmax` covers all values. `percentile` covers those between the
     100 - `percentile`-th and the `percentile`-th of each chunk (symmetric: that percentile of the magnitudes), with

@@ -93,7 +93,7 @@ def read_grid(W: Tensor, *, most_bits: int = 8, chunk: int | None = None) -> Gri
 
 
 def _distinct(W: Tensor, chunk: int, most: int) -> Tensor | None:
-    """The distinct values of each chunk, a row of the result, filled up with zeros; None where there are more than `most`."""
+    """The distinct values of each chunk, a row each, filled up with zeros; None where there are more than `most`."""
     found = []
     for piece in (piece for row in W for piece in row.split(chunk)):
         values = piece.new_empty(0)
@@ -123,7 +123,7 @@ def _read(W: Tensor, chunk: int, most_bits: int) -> tuple[Tensor, Tensor, Tensor
 
 
 class _Known(NamedTuple):
-    """Magnitudes in float64, and the least and the most that they may have been before they were rounded to their type."""
+    """Magnitudes in float64, and the least and the most that they may have been before being rounded to their type."""
 
     values: Tensor
     low: Tensor
@@ -237,7 +237,7 @@ def _simplest(least: Tensor, most: Tensor) -> Tensor:
 
 
 def _is_on(magnitudes: Tensor, bits: Tensor) -> Tensor:
-    """Whether each row (rows, 1) is made of multiples of the scale of these bits, and of no two multiples that are as near."""
+    """Whether each row (rows, 1) is of multiples of these bits' scale, and of no two multiples that are as near."""
     scale = bits.view(torch.float32).double()
     ratio = magnitudes.double().div_(scale)
     k = ratio.round()

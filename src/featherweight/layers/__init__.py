@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Layers as matrices: which tensors of a model are weights, how each reads as rows x columns, the problems that they pose on data."""
+"""Layers as matrices: which tensors are weights, how each reads as rows x columns, the problems they pose on data."""
 
 from featherweight.layers.calibration import Calibration, draw
 from featherweight.layers.held import Held, hold

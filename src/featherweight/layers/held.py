@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One wide weight's inputs, and what its outputs still lack, held in memory: statistics of its blocks without the model.
+"""A wide weight's inputs, and what its outputs still lack, held in memory: statistics of its blocks without the model.
 
 Solving a weight in blocks asks for statistics once a block, and streaming would run both models each time. What they
 depend on is small where d is large: the input, taps times smaller than its patches, and the gap Y - W X, as many

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What each weight of a layer reads in one call: its input as x, so that the layer is a linear map or a plain convolution of x.
+"""What a layer's weights read in one call: its input as x, so that the layer is a linear map or plain convolution of x.
 
 Padding of every mode is carried out, a transposed convolution's zeros are inserted, an attention's context and a
 recurrent layer's hidden states are computed with the module's own arithmetic. What remains is one form for all kinds:
@@ -147,7 +147,7 @@ def _masked(x: Tensor, mask: Tensor | None) -> Tensor:
 
 
 def _tokens(x: Tensor, mask: Tensor | None, **more: Any) -> Input:
-    """Input of a linear map from a tensor whose last axis is channels; masked tokens of (B, T, channels) are left out."""
+    """Input of a linear map from a tensor with channels last; masked tokens of (B, T, channels) are left out."""
     if x.ndim < 3:
         mask = None
     flat = _masked(x, mask).reshape(-1, x.shape[-1])
@@ -164,7 +164,7 @@ def linear(call: Call) -> dict[str, list[Input]]:
 
 
 def _is_seen(call: Call, x: Tensor) -> bool:
-    """Whether a module's answer is W x and bias as they are: neither rounded to fewer bits nor changed by other hooks."""
+    """Whether a module's answer is W x and bias as they are: not rounded to fewer bits nor changed by other hooks."""
     return call.output.dtype == x.dtype and len(call.module._forward_hooks) == 1
 
 
@@ -207,7 +207,7 @@ def _padding(module: nn.Conv2d) -> tuple[int, ...]:
 
 
 def transposed(call: Call) -> dict[str, list[Input]]:
-    """y is a plain convolution, of stride 1 and with the taps reversed, of x with stride - 1 zeros between its cells."""
+    """y is a plain convolution, of stride 1 and with taps reversed, of x with stride - 1 zeros between its cells."""
     module = cast(nn.ConvTranspose2d, call.module)
     origin, axes = call.argument(0, "input"), len(module.kernel_size)
     x = wide(origin if origin.ndim == axes + 2 else origin[None])

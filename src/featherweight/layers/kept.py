@@ -60,7 +60,7 @@ def is_named(weight: Weight, globs: Iterable[str]) -> bool:
 
 
 def last_match(weight: Weight, values: Any) -> Any:
-    """What the last glob of `{glob: value}` that names the weight says, None where none does; or the one value for all."""
+    """What the last glob of `{glob: value}` that names the weight says, None where none does; or one value for all."""
     if not isinstance(values, Mapping):
         return values
     return next((values[glob] for glob in reversed(list(values)) if is_named(weight, [glob])), None)

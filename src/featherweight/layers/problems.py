@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Layers as problems (W, H): which rows of which weight are one regression on one input, and the way back into the tensor.
+"""Layers as problems (W, H): which rows of which weight are one regression on an input, and the way back to the tensor.
 
 A weight whose rows all read one input is one problem. Conv groups read channels of their own and a fused attention
 projection reads query, key and value, so that these are several, named `weight[0]`, `weight[1]`... Where d is too large
@@ -65,7 +65,7 @@ class Problem:
 
     @torch.no_grad()
     def write(self, matrix: Tensor) -> None:
-        """Puts W (rows, d) back into the weight in place, in its dtype and on its device; other entries stay, bit by bit.
+        """Puts W (rows, d) back into the weight in place, in its dtype, on its device; other entries stay, bit by bit.
 
         Raises `OptionError` for a matrix of another shape.
         """

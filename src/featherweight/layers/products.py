@@ -20,7 +20,7 @@ _STRIPE = 128
 
 
 class Products:
-    """Σ Aᵀ B over tokens for A (groups, tokens, left) and B (groups, tokens, right); of A with itself where B is None."""
+    """Σ Aᵀ B over tokens for A (groups, tokens, left) and B (groups, tokens, right); of A with itself if B is None."""
 
     def __init__(self) -> None:
         self._total: Tensor | None = None

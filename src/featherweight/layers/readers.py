@@ -23,7 +23,7 @@ __all__ = ["Op", "Passage", "Readers", "read_by"]
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Op:
-    """One operation: its name (`convolution`, `relu`...), the modules in whose forwards it ran (outermost first), its tensors.
+    """One operation: its name (`convolution`, `relu`...), the modules it ran in (outermost first), its tensors.
 
     Tensors go by numbers, each tensor object of the forward one; what an operation changes in place is among its
     results.
@@ -37,7 +37,7 @@ class Op:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Passage:
-    """One call of a module: the first tensor that it took, and the one that it gave (None where it gave another thing)."""
+    """One call of a module: the first tensor it took, and the one that it gave (None where it gave another thing)."""
 
     name: str
     took: int | None
@@ -47,7 +47,7 @@ class Passage:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Readers:
-    """What was seen: operations in order, calls by module, the readers of each tensor, and the tensors of the answer."""
+    """What was seen: operations in order, calls by module, readers of each tensor, and the tensors of the answer."""
 
     ops: tuple[Op, ...]
     calls: Mapping[str, tuple[Passage, ...]]

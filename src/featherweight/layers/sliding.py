@@ -39,7 +39,7 @@ def sliding_axis(read: Input, d: int) -> int | None:
 
 
 class Slides:
-    """Σ X Xᵀ over the patches of calls whose kernel slides along `axis`: feed `ends` each call once, `add` its patches."""
+    """Σ X Xᵀ over patches of calls whose kernel slides along `axis`: feed `ends` each call once, `add` its patches."""
 
     def __init__(self, read: Input, axis: int) -> None:
         self.axis = axis

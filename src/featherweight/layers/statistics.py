@@ -122,7 +122,7 @@ def prepare(model: nn.Module, reference: nn.Module | None, problems: Sequence[Pr
 
 
 def _wanted(model: nn.Module, problems: Sequence[Problem]) -> list[tuple[Use, Weight]]:
-    """Every use of the problems' weights in the model, in definition order; an embedding's only if it is solved as one."""
+    """Every use of the problems' weights in the model, in definition order; an embedding's only if solved as one."""
     weights = {problem.weight.name: problem.weight for problem in problems}
     own = dict(model.named_parameters(remove_duplicate=False))
     if unknown := [name for name in weights if name not in own]:
@@ -185,7 +185,7 @@ def stream(run: _Run, batches: Iterable[Any], forward: Forward) -> None:
 
 
 def _answer(run: _Run, answers: Answers) -> Take:
-    """Keeps what the reference's weights answer: outputs, since an input may be changed in place before the model runs."""
+    """Keeps what the reference's weights answer: outputs, since an input may change in place before the model runs."""
 
     def take(use: Use, call: int, read: list[Input]) -> None:
         answers[use.name, use.leaf, call] = _outputs(run.weights[use.name, use.leaf], use.parameter, read, own=True)
@@ -194,7 +194,7 @@ def _answer(run: _Run, answers: Answers) -> Take:
 
 
 def _outputs(weight: Weight, parameter: Tensor, read: list[Input], own: bool) -> list[Tensor]:
-    """What a weight with these values, its `own` or others, answers to each of a call's inputs: (groups, tokens, rows)."""
+    """What a weight with these values, its `own` or others, answers to each input of a call: (groups, tokens, rows)."""
     matrix = to_matrix(weight, parameter.detach())
     parts = torch.split(matrix, len(matrix) // len(read))
     return [

@@ -22,7 +22,7 @@ _CHUNK, _MOST = 1 << 20, 1 << 24
 
 
 class Sums:
-    """The sums of problems that one input feeds: the wanted conv groups of a weight, or one part, or one block of channels.
+    """Sums of problems that one input feeds: the wanted conv groups of a weight, or one part, or one block of channels.
 
     `groups` are the conv groups, in the order of `problems`; `slot` is which of a call's inputs feeds them. `leader`
     is other sums over the very same columns, whose X Xᵀ serves these too.

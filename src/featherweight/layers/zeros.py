@@ -55,7 +55,7 @@ class Zeros:
         self._hooks: dict[int, Any] = {}
 
     def hold(self, parameter: nn.Parameter, pruned: Tensor) -> None:
-        """Holds the entries where `pruned` (bool, the parameter's shape) is True at zero, instead of any held before."""
+        """Holds the entries where `pruned` (bool, the parameter's shape) is True at zero, instead of any before."""
         key = id(parameter)
         kept = torch.empty_like(parameter, dtype=_BITS[parameter.element_size()], requires_grad=False)
         kept.copy_(pruned).sub_(1)  # True is 0, False is -1, which is all ones

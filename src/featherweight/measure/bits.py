@@ -100,7 +100,7 @@ class Products:
         return own
 
     def input(self, layer: str, weight: Tensor) -> int:
-        """Of what a layer multiplies with this weight: its input grid's, else 32. A recurrent layer's states have none."""
+        """Of what a layer multiplies with this weight: its input grid's, else 32. Recurrent states have none."""
         bits, states = self._inputs.get(layer, (32, frozenset()))
         return 32 if (_address(weight), weight.storage_offset()) in states else bits
 

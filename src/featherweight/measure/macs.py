@@ -37,7 +37,7 @@ aten = torch.ops.aten
 
 @dataclasses.dataclass
 class Work:
-    """What one forward did: MACs and BOPs by module name ("" is the model itself), and calls of ops without a formula."""
+    """What one forward did: MACs and BOPs by module name ("" is the model), and calls of ops without a formula."""
 
     macs: Counter[str] = dataclasses.field(default_factory=Counter)
     bops: Counter[str] = dataclasses.field(default_factory=Counter)
@@ -55,7 +55,7 @@ def count_work(model: nn.Module, example_inputs: tuple[Any, ...], formats: Mappi
 
 @contextlib.contextmanager
 def _plain_kernels() -> Iterator[None]:
-    """MultiheadAttention and TransformerEncoderLayer as products that can be counted, compiled regions as eager code."""
+    """MultiheadAttention and TransformerEncoderLayer as products to be counted, compiled regions as eager code."""
     fast = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)
     # Nothing is compiled unless dynamo is loaded, and loading it to say "do not compile" takes a second.
@@ -68,7 +68,7 @@ def _plain_kernels() -> Iterator[None]:
 
 
 def _keep_stack(model: nn.Module, stack: list[str]) -> None:
-    """Keeps the qualified names of the modules that are running on `stack`, innermost last; a shared one by its first."""
+    """Keeps the qualified names of the running modules on `stack`, innermost last; a shared one by its first."""
     for name, module in model.named_modules():
         if isinstance(module, torch.jit.ScriptModule):  # takes no hooks: its work is its caller's
             continue

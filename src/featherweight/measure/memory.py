@@ -23,7 +23,7 @@ __all__ = ["peak_memory"]
 
 
 def peak_memory(model: nn.Module, example_inputs: tuple[Any, ...]) -> int | None:
-    """Bytes, or None where a tensor has no storage to watch (sparse, nested). Give a copy in eval mode (`eval_copy`)."""
+    """Bytes, or None if a tensor has no storage to watch (sparse, nested). Give a copy in eval mode (`eval_copy`)."""
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
     weights = {s._cdata: s.nbytes() for t in (*model.parameters(), *model.buffers()) if (s := _storage(t)) is not None}
     if device.type == "cuda":

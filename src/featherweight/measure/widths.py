@@ -11,7 +11,7 @@ __all__ = ["width"]
 
 
 def width(module: nn.Module) -> int | None:
-    """The channels that a layer with a weight gives: of a recurrent one, of one direction; None for what is no such layer.
+    """The channels that a layer with a weight gives: of a recurrent one, of one direction; None for others.
 
     An attention is as wide as its queries: heads times the size of one.
 

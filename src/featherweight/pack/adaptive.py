@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Integers of a weight one by one, by decisions whose chances are learned on the way: the smallest coder and the slowest.
+"""Integers of a weight one by one, by decisions whose chances are learned on the way: the smallest coder and slowest.
 
 As in DeepCABAC (Wiedemann et al. 2020, arXiv 1907.11900) a number is decisions: is it zero, its sign, is its magnitude
 above 1, above 2, and so on, each coded at the chance that contexts give it. The chance is not looked up under a joint
@@ -84,7 +84,7 @@ def decode(reader: Reader, count: int, columns: int) -> NDArray[np.int32]:
 
 
 def _period(rows: NDArray[np.int32]) -> int:
-    """The distance from 2 on at which numbers tell most of each other: zeros and signs, in nats; the autocorrelation."""
+    """The distance from 2 on where numbers tell most of each other: zeros and signs, in nats; the autocorrelation."""
     columns = rows.shape[1]
     if columns < 3 or not rows.size:
         return 1

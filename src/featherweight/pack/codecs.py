@@ -116,7 +116,7 @@ def _code(name: str, tensor: Tensor, hint: str, taken: Collection[str]) -> Coded
 
 
 def encode(name: str, tensor: Tensor, hint: str, taken: Collection[str]) -> tuple[Coded, dict[str, Tensor]]:
-    """The smallest form of a tensor that decodes to the same bits, and its parts. `taken` are the other tensors' names."""
+    """The smallest form of a tensor that decodes to the same bits, and its parts. `taken` are other tensors' names."""
     source = _look(name, tensor, hint)
     for size, text in _choices(source, hint, name, taken):
         kind, *params = text.split(":")

@@ -99,7 +99,7 @@ def load_file(
 
 
 def read_header(path: str | os.PathLike[str]) -> tuple[dict[str, Coded], dict[str, str]]:
-    """How each tensor of a file is coded, and the ties, without reading any value; the claims are checked as in loading.
+    """How each tensor of a file is coded, and the ties, without reading any value; claims are checked as in loading.
 
     Raises `ArtefactError` as `load_file` does, except that damage inside the values is not looked for.
     """

@@ -99,7 +99,7 @@ def encode(source: Source, params: tuple[str, ...]) -> dict[str, Tensor]:
 
 
 def check(spec: Spec, params: tuple[str, ...], parts: Mapping[str, Spec]) -> None:
-    """Bounds what the entries can stand for: E of them reach at most E * 2**b words, and fewer than 2**b zeros follow."""
+    """Bounds what entries can stand for: E of them reach at most E * 2**b words, and fewer than 2**b zeros follow."""
     if len(params) != 1 or params[0] not in map(str, range(1, MOST_BITS + 1)):
         raise ArtefactError(f"csr takes one number of bits from 1 to {MOST_BITS}, not {':'.join(params)!r}")
     check_values(spec, parts["values"].dtype)

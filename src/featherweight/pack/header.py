@@ -93,7 +93,7 @@ def _checksum(prefix: bytes, text: bytes) -> bytes:
 
 
 def read(file: BinaryIO, size: int) -> Header:
-    """Reads and checks the header of a file of `size` bytes. Raises `ArtefactError` with the reason, without the path."""
+    """Reads and checks the header of a file of `size` bytes. Raises `ArtefactError` with the reason, not the path."""
     prefix = file.read(8)
     length = int.from_bytes(prefix, "little")
     if len(prefix) < 8 or not len(_START) + 10 <= length <= MOST_BYTES:

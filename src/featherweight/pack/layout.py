@@ -96,7 +96,7 @@ class Layout:
         return split, (0, 2, *range(3, len(split)), 1)
 
     def columns(self, per_piece: NDArray[Any], shape: tuple[int, ...]) -> NDArray[Any]:
-        """What stands for each piece (some rows, chunks), for each column of it, or in one column where rows are not cut."""
+        """What stands for each piece (some rows, chunks), for each column of it, or in one column if rows are whole."""
         return np.repeat(per_piece, self.chunk, axis=1)[:, : self.size(shape)[1]] if self.chunk else per_piece
 
 

@@ -20,7 +20,7 @@ _TOP, _LOW = 1 << 48, 1 << 32
 
 
 def encoder() -> tuple[Flip, Callable[[], bytes]]:
-    """`flip(chance, bit)` codes and returns a bit whose chance to be 1 is `chance` / 65536; then `finish()` gives the bytes.
+    """`flip(chance, bit)` codes and returns a bit whose chance to be 1 is `chance` / 65536; `finish()` gives the bytes.
 
     >>> flip, finish = encoder()
     >>> bits = [flip(60000, bit) for bit in (1, 1, 0, 1, 1, 1)]

@@ -79,7 +79,7 @@ def varint(value: int) -> bytes:
 
 
 def lanes_for(count: int, words: int) -> int:
-    """How many lanes `count` symbols have that stand for `words` words: a power of two. Readers and writers agree on it."""
+    """Lanes for `count` symbols that stand for `words` words: a power of two. Readers and writers agree on it."""
     steps = max(_FEWEST_STEPS, words // _WORDS_A_STEP)
     return min(_MOST_LANES, 1 << max(0, (-(-count // steps) - 1).bit_length()))
 

@@ -253,7 +253,7 @@ def _is_negative(table: Words) -> NDArray[np.bool_]:
 
 
 def _rank(table: Words) -> NDArray[np.float64]:
-    """A number that is larger for larger values, of whatever words: magnitude and sign, exact to float64 for 64-bit words."""
+    """A number larger for larger values, of whatever words: magnitude and sign, exact to float64 for 64-bit words."""
     magnitude = table & table.dtype.type((1 << (8 * table.itemsize - 1)) - 1)
     return np.where(_is_negative(table), -magnitude.astype(np.float64) - 1, magnitude.astype(np.float64))
 

@@ -86,7 +86,7 @@ def _first(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> 
 
 
 def place(model: nn.Module, name: str, how: Activations, seen: Histogram | None) -> tuple[FakeQuant, Range]:
-    """Puts a grid on the input of your model's layer, with the range of what was seen; returns the edit and the range."""
+    """Puts a grid on the input of your model's layer, with the range that was seen; returns the edit and the range."""
     edit = FakeQuant(name, how.bits, how.symmetric, dynamic=how.mode == "dynamic")
     apply(model, edit)
     if seen is None:

@@ -25,7 +25,7 @@ _CHUNK = 1 << 20  # numbers of a chunk of patches, which a cache holds
 def hessian_diagonals(
     model: nn.Module, problems: Sequence[Problem], batches: Iterable[Any], forward: Callable[[Any, Any], Any]
 ) -> dict[str, Tensor]:
-    """The diagonal (d,) of each problem's H, by its name; an embedding's rows count by how often they are read, (rows, 1).
+    """Diagonal (d,) of each problem's H, by its name; an embedding's rows count by how often they are read, (rows, 1).
 
     Layers that no sample reached are absent. The model is left as it was. Raises `NumericalError` for activations that
     are NaN or infinite.

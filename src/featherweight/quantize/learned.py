@@ -72,7 +72,7 @@ class LearnedWeight:
 
     @torch.no_grad()
     def give(self, differentiate: bool) -> None:
-        """Before an optimizer step: LSQ's gradients from the rounded weight's, and the full-precision values in its place.
+        """Before an optimizer step: LSQ's gradients from the rounded weight's, and full-precision values in its place.
 
         What others did to the rounded weight since `round` (a pruner's zeros, a loaded checkpoint) is kept.
         """
@@ -100,7 +100,7 @@ class LearnedWeight:
 
 
 class LearnedInput:
-    """The grid on a layer's first input: `edits.FakeQuantize` rounds, this learns its scale and, unless fixed, its zero point.
+    """The grid on a layer's first input: `edits.FakeQuantize` rounds, this learns scale and, unless fixed, zero point.
 
     A new grid begins with the first batch that is seen. Inputs that are never negative there get the integers from the
     least on; others a learned zero point, or 0 where the grid is symmetric.

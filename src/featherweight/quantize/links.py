@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Where channels may be scaled: down in what makes them, up in the weights that read them, and the model answers the same.
+"""Where channels may be scaled: down in what makes them, up in weights that read them, and the model answers the same.
 
 Found by following what a layer or norm gives, operation by operation, to layers that read it, through operations that a
 positive factor for each channel passes through. Whether it truly does, channels in that order, is then proved: random
@@ -126,7 +126,7 @@ def find_links(
     wanted: Callable[[str, nn.Module], bool],
     readers: Collection[str],
 ) -> tuple[tuple[Link, ...], dict[str, str]]:
-    """The links from modules that are `wanted` to layers named in `readers`, proved on `inputs`; and why others are none.
+    """The links from `wanted` modules to layers named in `readers`, proved on `inputs`; and why others are none.
 
     Changes nothing.
 
@@ -255,7 +255,7 @@ def _channels(model: nn.Module, link: Link) -> int:
 
 @torch.no_grad()
 def scale(model: nn.Module, link: Link, factors: Tensor) -> bool:
-    """Divides the source's channels by `factors` and multiplies the readers' columns, in your model; False if it cannot.
+    """Divides the source's channels by `factors` and multiplies readers' columns, in your model; False if it cannot.
 
     Computed in float64 and rounded once. Zeros stay zeros.
     """

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Learned step sizes (LSQ, Esser et al. 2020, arXiv 1902.08153) and offsets (LSQ+, arXiv 2004.09576): the formulas alone.
+"""Learned step sizes (LSQ, Esser et al. 2020, arXiv 1902.08153) and offsets (LSQ+, arXiv 2004.09576): formulas alone.
 
 A value v goes to s · (q - z) with q = clamp(round(v / s) + z, low, high). Rounding has no useful derivative, so it is
 taken for the identity ("straight through"): a value within the range passes its gradient on, one outside does not. The

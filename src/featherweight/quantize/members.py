@@ -94,7 +94,7 @@ def _count(values: Tensor, most: int) -> int:
 
 @dataclasses.dataclass(eq=False)
 class _Member:
-    """The entries of one tensor that are not zero: at `where` of its flat form (None: everywhere), of cluster `which`."""
+    """The entries of one tensor that are not zero: at `where` of its flat form (None: all), of cluster `which`."""
 
     name: str
     parameter: nn.Parameter

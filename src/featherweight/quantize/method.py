@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`Quantize`: fewer bits after training, for weights alone or with grids on what layers read, from a few hundred samples.
+"""`Quantize`: fewer bits after training, for weights alone or with grids on what layers read, by a few hundred samples.
 
 Structure first (norms folded, attention opened), then scales that move from where they hurt to where they do not, then
 weights, then ranges of activations as the rounded model has them, then biases. Each step sees what the earlier ones
@@ -220,7 +220,7 @@ class _Work:
             self.tell(note)
 
     def _round(self, model: nn.Module, tell: Callable[[str], None]) -> dict[str, Rounded]:
-        """Weights to their grids and, if asked for, grids on what layers read; the model's own edits go into the plan."""
+        """Weights to their grids and, if asked, grids on what layers read; the model's own edits go into the plan."""
         rounded = {weight.name: round_weight(weight, how) for weight, how in self.chosen.weights(model)}
         reading = self.options.reading
         if reading is not None:
@@ -266,7 +266,7 @@ class _Work:
         return smooth(model, links, self.data.fit, self.task.forward, self.options.smooth)
 
     def _error(self, model: nn.Module) -> float | None:
-        """The held-out output error that a copy of this model has once it is rounded; None where nothing is held out."""
+        """The held-out output error that a copy of this model has once rounded; None where nothing is held out."""
         if self.data is None or not self.data.held_out:
             return None
         trial = copy.deepcopy(model)
@@ -274,7 +274,7 @@ class _Work:
         return output_error(trial, self.model, self.data.held_out, self.task.forward)
 
     def _links(self, name: str, norms: bool) -> list[Link]:
-        """Links between what is to be rounded, but for weights that keep a grid; the others are told with the reason."""
+        """Links between what is to be rounded, but for weights that keep a grid; others are told with the reason."""
         pairs = self.chosen.weights(self.model)
         layers = {weight.layer for weight, _ in pairs}
         still = {weight.layer: "keeps its grid" for weight, how in pairs if on_grid(weight, how)}

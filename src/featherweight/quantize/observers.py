@@ -88,7 +88,7 @@ class Histogram:
         return (held.double() + 0.5) * width - self.reach, self._counts[held]
 
     def percentile(self, share: float) -> Range:
-        """The range beyond either end of which lie at most `100 - share` percent of all values, to the width of a bin."""
+        """The range beyond either end of which lie at most `100 - share` percent of values, to the width of a bin."""
         centres, counts = self.bins()
         beyond = (1 - share / 100) * self.seen
         half = self.reach / _BINS

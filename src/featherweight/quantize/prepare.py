@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Structure before rounding: BatchNorm folded, and torch's attention opened, so that each product is a layer of its own."""
+"""Structure before rounding: BatchNorm folded, torch's attention opened, so that each product is a layer of its own."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def fold_norms(model: nn.Module, example_inputs: tuple[Any, ...], chosen: Chosen
 
 
 def folds_of(model: nn.Module, example_inputs: tuple[Any, ...]) -> tuple[tuple[Fold, ...], dict[str, str]]:
-    """`foldable` by one forward of `example_inputs`. Changes nothing. Raises `DataError` where the model cannot be called."""
+    """`foldable` by one forward of `example_inputs`. Changes nothing. Raises `DataError` if the model refuses them."""
     try:
         return foldable(model, lambda: model(*example_inputs))
     except (TypeError, RuntimeError, ValueError, IndexError) as error:

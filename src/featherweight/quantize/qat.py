@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Quantization-aware training: the network learns on the grids that it will be stored and run on, and learns their steps.
+"""Quantization-aware training: the network learns on the grids it will be stored and run on, and learns their steps.
 
 It costs a copy of the weights, a few passes over them an optimizer step, and one over each input that has a grid. What
 it saves is bytes on disk, and time in a runtime that computes with integers.

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Quantization-aware training at work on one model: weights rounded while it runs, full-precision while they are updated.
+"""Quantization-aware training at work on a model: weights rounded while it runs, full-precision while they are updated.
 
 An optimizer step begins by working LSQ's gradients out of those that came in, and by putting full-precision values in
 the place of the rounded ones; `step()` rounds again. Between the two the model is the full-precision one, and that is
@@ -99,7 +99,7 @@ class Quantizer:
         self.events.append({"kind": "message", "text": text})
 
     def _fold(self, when: str) -> list[Edit]:
-        """Folds norms into layers whose weights are quantized; the grids that a runtime has are those of folded weights."""
+        """Folds norms into layers whose weights are quantized; grids that a runtime has are those of folded weights."""
         if self.options.folds != when or not any(isinstance(module, _NORMS) for module in self._model.modules()):
             return []
         if self._example_inputs is None:
@@ -293,7 +293,7 @@ class Quantizer:
 
 @torch.no_grad()
 def _turn_rows(weight: Weight, norm: nn.Module) -> None:
-    """Changes the sign of rows that a norm multiplies by less than zero, and the norm's with them: the same function."""
+    """Changes the sign of rows that a norm multiplies by less than 0, and the norm's with them: the same function."""
     gain = norm._parameters.get("weight")
     if gain is None or not bool((gain < 0).any()):
         return

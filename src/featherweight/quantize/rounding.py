@@ -36,7 +36,7 @@ class Rounding:
 
 @dataclasses.dataclass(frozen=True)
 class Rounded:
-    """What became of a weight: the hint to its codec, whether it stayed as it is, and why or how. No hint: it is kept."""
+    """What became of a weight: the hint to its codec, whether it stayed as is, and why or how. No hint: it is kept."""
 
     hint: str
     reason: str

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which weights quantization-aware training covers, by the same globs and rules as everywhere, and which it leaves and why."""
+"""Which weights quantization-aware training covers, by globs and rules as everywhere, and which it leaves and why."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""SmoothQuant: outlier channels of activations are scaled down where they are made, and up in the weights that read them.
+"""SmoothQuant: outlier channels of activations are scaled down where they are made, and up in weights that read them.
 
 "SmoothQuant: Accurate and Efficient Post-Training Quantization for Large Language Models" (Xiao et al. 2022, arXiv
 2211.10438, equation 4): s_j = max|X_j|^α / max|W_j|^(1 - α). Weights have a scale for each row and bear it; activations
@@ -40,7 +40,7 @@ def smooth(
     forward: Callable[[Any, Any], Any],
     alpha: float,
 ) -> float:
-    """Smooths what the links' readers read, in your model; its answers stay, to rounding. Returns the largest factor."""
+    """Smooths what links' readers read, in your model; its answers stay, to rounding. Returns the largest factor."""
     peaks = _peaks(model, links, batches, forward)
     largest = 1.0
     for link in links:

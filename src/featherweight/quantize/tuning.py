@@ -70,7 +70,7 @@ class Tuner:
         return {"clusters": sum(codebook.clusters for codebook in self._codebooks)}
 
     def finalize(self) -> Plan:
-        """Lets go of the model, whose weights stay where they are. The plan is empty: codec hints are those of `Cluster`."""
+        """Lets go of the model, whose weights stay where they are. The plan is empty: hints are those of `Cluster`."""
         if not self._finalized:
             self._hook.remove()
             self._finalized = True
@@ -115,7 +115,7 @@ class Tuner:
 
     @torch.no_grad()
     def _sum(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
-        """Before an optimizer step: gradients are final here, accumulated, clipped, unscaled and reduced over processes."""
+        """Before an optimizer step: gradients are final, accumulated, clipped, unscaled and reduced over processes."""
         for codebook in self._codebooks:
             codebook.sum_gradients()
 

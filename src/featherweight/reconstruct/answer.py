@@ -94,7 +94,7 @@ def solve(
     want: Want,
     zeros: Tensor | None = None,
 ) -> Answer:
-    """Weights for one problem whose dense weights are `dense` (rows, d), as near to the dense outputs as could be found.
+    """Weights for one problem whose dense weights are `dense` (rows, d), as near to the dense outputs as can be found.
 
     `zeros` (rows, d) stay zero, by default those of `dense`. Never worse, on held-out samples where there are any, than
     magnitude or rounding to nearest. Raises `OptionError` and `NumericalError`, which names the layer.
@@ -165,7 +165,7 @@ def _solve(
 
 
 def corrected(W: Tensor, fit: Statistics, held_out: Statistics | None) -> tuple[Tensor, float | None]:
-    """The target W' (rows, d) and the ridge used; W itself where the layer sees what the dense one saw, or answers alike.
+    """The target W' (rows, d) and the ridge used; W itself if the layer sees what the dense one saw, or answers alike.
 
     W' = (T + λ W) (H + λ I)⁻¹, the least of ½ tr(V H Vᵀ) - tr(V Tᵀ) + ½ λ ||V - W||², with λ relative to the mean of
     H's live diagonal. Held-out samples choose among strengths and W itself; without them λ is 0.01.
@@ -210,7 +210,7 @@ def _judged(V: Tensor, W: Tensor, statistics: Statistics) -> float:
 
 
 def simple_weights(W: Tensor, H: Tensor, want: Want, run: int) -> Tensor:
-    """What the simple methods make of dense weights (rows, d): magnitude, then rounding to nearest. H is not looked at."""
+    """What simple methods make of dense weights (rows, d): magnitude, then rounding to nearest. H is not looked at."""
     found = W
     if want.prunes:
         found = prune(found, H, want.pattern, want.sparsity, run=run, solver="magnitude").weights
@@ -220,7 +220,7 @@ def simple_weights(W: Tensor, H: Tensor, want: Want, run: int) -> Tensor:
 
 
 def _by_rows(problem: Problem, W: Tensor, fit: Statistics, want: Want, zeros: Tensor, dtype: torch.dtype) -> Answer:
-    """An embedding: rows that are looked up often weigh more. Rows that calibration never saw count as seen half a time."""
+    """An embedding: rows looked up often weigh more. Rows that calibration never saw count as seen half a time."""
     seen = torch.ones(len(W)) if fit.scale is None else fit.scale
     scale = (seen.double().square() + 0.5 / max(1, fit.tokens)).sqrt().to(W.device)[:, None]
     plain = Statistics(fit.H, None, 0.0, fit.samples, fit.tokens, None)

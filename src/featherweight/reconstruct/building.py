@@ -271,7 +271,7 @@ def _measured(model: nn.Module, problem: Problem, dense: Tensor, V: Tensor, judg
 def _completed(
     entry: Entry, macs: float, energy: float, elsewhere: float, cost: Callable[[Entry], float] | None
 ) -> Entry:
-    """The entry with its share of the weight's MACs, and its losses over the output energy of all the weight's parts."""
+    """The entry with its share of the weight's MACs, and its losses over the output energy of all the parts."""
     entry = dataclasses.replace(
         entry,
         macs=macs * (1 - entry.sparsity),

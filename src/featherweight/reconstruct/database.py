@@ -68,7 +68,7 @@ class Entry:
 
 @dataclasses.dataclass(frozen=True)
 class Layer:
-    """One problem: which rows and columns of which weight, on how many samples it was solved, and its entries, dense first."""
+    """One problem: which rows and columns of which weight, solved on how many samples, and its entries, dense first."""
 
     name: str
     weight: str
@@ -98,9 +98,10 @@ class Stored:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Database:
-    """What `build_database` made and `load_database` reads. `macs` and `bytes` are the whole dense model's; `left` says what is not in it, why.
+    """What `build_database` made and `load_database` reads: problems, each with its entries, and what was left out.
 
-    `layers` are by problem name. Tensors are read from the folder when they are asked for.
+    `layers` are by problem name. `macs` and `bytes` are the whole dense model's; `left` says what is not in it, and
+    why. Tensors are read from the folder when they are asked for.
     """
 
     folder: Path
@@ -130,7 +131,7 @@ class Database:
         return found[label]
 
     def settled(self, entry: Entry) -> Settled:
-        """Which weights of the problem (rows, d) the entry has at zero, or its integers and their grid; empty for dense."""
+        """What of the problem (rows, d) the entry has at zero, or its integers and their grid; empty for dense."""
         layer = self.layers[entry.problem]
         if entry.kind == "dense":
             return Settled()

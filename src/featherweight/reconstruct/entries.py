@@ -276,7 +276,7 @@ def _nested(
 
 
 def first_level(found: Elimination, zeros: list[int], rows: int) -> Tensor:
-    """For each unit (row groups, n) the first of these levels, numbers of zeros, at which it is gone; their count if never.
+    """Of each unit (row groups, n) the first of these levels, numbers of zeros, where it is gone; their count if never.
 
     Level by level what `Elimination.counts` gives: the heap takes steps in the order of their pooled prices, which one
     stable sort has too.

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One entry of each class at the least loss within a budget: the multiple-choice knapsack, by a dynamic program on fronts.
+"""One entry a class at the least loss within a budget: the multiple-choice knapsack, by a dynamic program on fronts.
 
 The usual program divides the budget into buckets and rounds every cost to one: rounded to the nearest it overshoots,
 rounded up it wastes a bucket a class. Here a state keeps its exact cost, and the states after some classes are the

@@ -109,7 +109,7 @@ class Walk:
     budget_bytes: int
 
     def steps(self, chosen: Sequence[Problem]) -> list[list[Problem]]:
-        """Problems that are solved from one pass over the data, in order; a quarter of the budget is for held-out sums."""
+        """Problems solved from one pass over the data, in order; a quarter of the budget is for held-out sums."""
         corrected, room = self.targets == "corrected", self.budget_bytes // 4
         if self.targets == "independent":
             return passes(chosen, room, reference=False)

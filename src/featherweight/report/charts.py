@@ -185,7 +185,7 @@ def columns(
     y: Axis,
     text: Callable[[float], str],
 ) -> str:
-    """Columns from the ground up, `wide` of the picture's width each: (kind, points) of several, one drawn over the other.
+    """Columns from the ground up, `wide` of the picture's width each: (kind, points) of several, one over the other.
 
     A point's first number is the place of its middle, 0 to `WIDTH`. A column of 0 is not drawn.
     """

@@ -337,7 +337,7 @@ def load_snippets(report: Row) -> list[tuple[str, str, str]]:
 
 
 def _class(hint: str) -> tuple[str, str]:
-    """An import line and a call for `package.module:name`, `package.module.Name` or `Name`; nothing else gets into code."""
+    """Import line and call for `package.module:name`, `package.module.Name` or `Name`; nothing else gets into code."""
     if not re.fullmatch(r"[^\W\d]\w*([.:][^\W\d]\w*)*", hint):
         return "", "make_model()"
     module, _, name = hint.rpartition(":" if ":" in hint else ".")

@@ -38,7 +38,7 @@ class Graph:
 
 @dataclasses.dataclass(frozen=True)
 class Piece:
-    """Nodes that one runtime runs, in order. `of_shapes` are inputs that change with the shapes of the model's inputs alone."""
+    """Nodes that one runtime runs, in order. `of_shapes` are inputs that change with the model's input shapes alone."""
 
     own: bool
     nodes: tuple[int, ...]
@@ -141,7 +141,7 @@ def _count(dims: Iterable[int]) -> int:
 
 
 def foreign_ops(graph: Graph, ops: Collection[str], types: Collection[int]) -> dict[int, str]:
-    """Nodes that the core cannot run whatever the shapes, by index, with the reason. `types` are those that it can hold."""
+    """Nodes that the core cannot run whatever the shapes, by index, with the reason. `types` are those it can hold."""
     found = {}
     for index, node in enumerate(graph.nodes):
         if node.op_type == "Constant" and node.domain in ("", "ai.onnx"):
@@ -270,7 +270,7 @@ def _greedy(nodes: Sequence[int], needs: Any, own: Mapping[int, bool], colour: b
 
 
 def model_of(graph: Graph, piece: Piece, types: Mapping[str, Any]) -> Any:
-    """A piece as a ModelProto. Between pieces values have types and no shapes, which would only bind what is true anyway."""
+    """A piece as a ModelProto. Between pieces values have types but no shapes: these would only bind what is true."""
     onnx = require("onnx", extra="onnx")
     proto = graph.proto
     made = onnx.ModelProto(ir_version=max(proto.ir_version, 4), opset_import=proto.opset_import)

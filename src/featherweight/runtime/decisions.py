@@ -71,7 +71,7 @@ def _write(path: Path, text: str) -> None:
 
 
 def _here() -> str:
-    """What decisions hold for: a processor, and a version of the core. Instruction sets and threads are in their keys."""
+    """What decisions hold for: a processor, and a version of the core. Instruction set and threads are in the keys."""
     return f"featherweight-engine {_version()}, {processor_name()}"
 
 

@@ -28,7 +28,7 @@ class Step:
 
 
 class Division:
-    """Nodes go over to ONNX Runtime and never come back. `read` gives the graph, which is not kept: it holds the weights."""
+    """Nodes go over to ONNX Runtime and stay there. `read` gives the graph, which is not kept: it holds the weights."""
 
     def __init__(self, read: Callable[[], Graph], settings: Settings, model: Path | bytes) -> None:
         self._read, self._settings, self._model = read, settings, model

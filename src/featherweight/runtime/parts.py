@@ -81,7 +81,7 @@ class CorePart:
         return dict(zip(self.outputs, found, strict=True))
 
     def prepare(self, values: Mapping[str, Any]) -> int:
-        """Plans for arrays of these shapes, measuring what is measured for a plan; gives the bytes of its activations."""
+        """Plans for arrays of these shapes, with what is measured for a plan; gives the bytes of its activations."""
         return int(self._ask(self.session.arena_bytes, values))
 
     def profile(self, values: Mapping[str, Any]) -> list[Row]:

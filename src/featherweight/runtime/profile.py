@@ -11,7 +11,7 @@ __all__ = ["Profile", "Row"]
 
 @dataclasses.dataclass(frozen=True)
 class Row:
-    """One step. `flops` counts a multiply-add as two and no zero that is skipped; `bytes` what is read and written, once.
+    """One step. `flops` counts a multiply-add as two and no skipped zero; `bytes` what is read and written, once.
 
     `how` is the engine's own word: whether a product ran sparse or dense, with what tile, and the share of its zeros.
     Of a part in ONNX Runtime there is one row, with no flops.

@@ -34,7 +34,7 @@ def ascending(losses: Tensor, sizes: Tensor | None = None) -> Tensor:
 
 
 def allocate(prices: Tensor, count: int, sizes: Tensor | None = None) -> Tensor:
-    """How many steps each row takes until the sizes of all steps taken reach `count`, cheapest next step first: (rows,).
+    """How many steps each row takes until sizes of all steps taken reach `count`, cheapest next step first: (rows,).
 
     `prices` (rows, steps) are a step's loss over its size; for this to be the cheapest choice they must ascend within a
     row (see `ascending`). Ties go to the upper row. Without sizes every step counts one.
@@ -99,7 +99,7 @@ def _lowest(prices: Tensor, count: int) -> Tensor:
 
 
 def _lowest_of_groups(scores: Tensor, group: Tensor, quota: Tensor) -> Tensor:
-    """The `quota` (groups,) lowest scores (rows, n) of each group, whose columns are consecutive; of equals the first."""
+    """The `quota` (groups,) lowest scores (rows, n) of each group, of consecutive columns; of equals the first."""
     m, rest = divmod(len(group), len(quota))
     if not rest and m <= 16 and bool((group == torch.arange(len(group), device=group.device) // m).all()):
         # Small groups are ranked by comparing all pairs, several times faster than sorting them.

@@ -70,5 +70,5 @@ def _inverse(scaled: Tensor, rho: float, dtype: torch.dtype) -> Tensor:
 
 
 def natural_scale(damped: Damped) -> Tensor:
-    """1 / sqrt([H⁻¹]_jj) (d,): the square of a scaled change is twice what it costs once all others have compensated."""
+    """1 / sqrt([H⁻¹]_jj) (d,): the square of a scaled change is twice what it costs once others have compensated."""
     return damped.inverse.diagonal().rsqrt()

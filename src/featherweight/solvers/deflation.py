@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Refit of many rows with masks of their own by products alone: conjugate gradients with H's strong directions deflated.
+"""Refit of many rows with their own masks by products alone: conjugate gradients with H's strong directions deflated.
 
 A factorization for each row costs kept³ / 3 and keeps one core busy; here all rows take d² an iteration together, at
 the speed of a matrix product. Layer Hessians have few strong directions and many alike, so with H near U Uᵀ + D
@@ -54,7 +54,7 @@ class Deflated:
         return int(4 * (3 * rank * rank + 8 * d) + 8 * 4 * d)
 
     def refit(self, W: Tensor, pruned: Tensor) -> tuple[Tensor, Tensor]:
-        """V (rows, d) of least loss with zeros where `pruned` is True, and which rows (rows,) got within the tolerance."""
+        """V (rows, d) of least loss with zeros where `pruned` is True, and which rows (rows,) got within tolerance."""
         kept = (~pruned).float()
         small = self._small(kept)
         V = W.masked_fill(pruned, 0.0)
@@ -128,7 +128,7 @@ class Deflated:
 
 
 def _left(gains: list[Tensor]) -> Tensor:
-    """What each row has yet to gain, were gains to fall on as they did from the iterations before the last to the last."""
+    """What each row has yet to gain, were gains to fall on as they did from iterations before the last to the last."""
     if len(gains) < 2 * _LAST:
         return torch.full_like(gains[0], torch.inf)
     before, last = (torch.stack(part).sum(0) for part in (gains[-2 * _LAST : -_LAST], gains[-_LAST:]))

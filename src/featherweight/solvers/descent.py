@@ -20,7 +20,7 @@ _BLOCK = 64
 
 
 def coordinate_descent(problem: Quantization, integers: Tensor, sweeps: int = 10) -> Tensor:
-    """Integers after at most `sweeps` rounds over all columns, each set to its best with the others fixed (QuantEase)."""
+    """Integers after at most `sweeps` rounds over all columns, each set to its best with others fixed (QuantEase)."""
     H, grid = problem.damped.H, problem.grid
     layout = _Layout(problem)
     q = integers.double().T.contiguous()
@@ -71,7 +71,7 @@ def set_descent(problem: Quantization, integers: Tensor, passes: int = 4, width:
 
 
 class _Layout:
-    """A problem's grid and mask as (d, rows): what is done column by column then reads and writes memory in one piece."""
+    """A problem's grid and mask as (d, rows): work column by column then reads and writes memory in one piece."""
 
     def __init__(self, problem: Quantization) -> None:
         columns = torch.arange(problem.d, device=problem.W.device)

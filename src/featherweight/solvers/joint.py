@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Zeros and a grid together: one search decides both, and nothing that was pruned is wasted on rounding, or the reverse.
+"""Zeros and a grid together: one search decides both, and nothing pruned is wasted on rounding, or the reverse.
 
 Three ways to the same form are tried and the lowest loss wins, or the lowest judged one. In turn, by OBQ (or GPTQ):
 first all zeros, then all roundings, each making up for all before it, so that for ExactOBS it is one elimination from

@@ -23,7 +23,7 @@ Sums = tuple[Floats, Floats, Floats]  # weights, sums and squares before each pl
 
 
 def best_centroids(points: Points, clusters: int) -> Floats:
-    """The `clusters` centroids (or fewer, where that is no worse) of the least error, besides the zero that is pinned."""
+    """The `clusters` centroids (or fewer, where that is no worse) of least error, besides the zero that is pinned."""
     whole = (points.weights, points.sums, points.squares)
     if not points.pinned:
         _, starts = _layers(whole, clusters)
@@ -59,7 +59,7 @@ def _path(starts: list[Places], clusters: int, end: int) -> Places:
 
 
 def _layers(before: Sums, clusters: int) -> tuple[list[Floats], list[Places]]:
-    """For each number of runs from 0: the least error of the first i points, and where the last run begins, (n + 1,)."""
+    """For each number of runs from 0: least error of the first i points, and where the last run begins, (n + 1,)."""
     n = len(before[0]) - 1
     cost = np.full(n + 1, np.inf)
     cost[0] = 0.0

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Values on a line as points in order, each with its weight, and prefix sums by which any run of them is summed at once."""
+"""Values on a line as points in order, each with its weight, and prefix sums by which any run is summed at once."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ class Points:
         return np.concatenate([[0], np.searchsorted(self.x, middles, side="right"), [len(self.x)]]).astype(np.intp)
 
     def means(self, cuts: Places, centroids: Floats | None = None) -> Floats:
-        """The mean of each run; one that weighs nothing has its centroid's, or its first point. A pinned zero stays 0."""
+        """The mean of each run; one that weighs nothing has its centroid's, or first point. A pinned zero stays 0."""
         weight, total = np.diff(self.weights[cuts]), np.diff(self.sums[cuts])
         weighs = weight > 0
         means = self.center + total / np.where(weighs, weight, 1.0)
@@ -109,7 +109,7 @@ class Points:
 
 
 def points_of(flat: NDArray[np.floating], weight: Floats | None, exponent: int, pinned: bool) -> Points:
-    """The distinct values times 2^exponent, without zeros if one centroid is `pinned` there; of very many, neighbours as one."""
+    """The distinct values times 2^exponent, without zeros if one is `pinned` there; of very many, neighbours as one."""
     total = len(flat)
     if pinned:
         other = flat != 0

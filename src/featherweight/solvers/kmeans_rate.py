@@ -54,7 +54,7 @@ def word_lengths(number: NDArray[np.integer]) -> Floats:
 
 
 def _bends(centroids: Floats, prices: Floats) -> Floats:
-    """Where each centroid begins to be the cheapest, from the second on, ascending; one that never is begins with the next."""
+    """Where each centroid becomes cheapest, from the second on, ascending; one that never is begins with the next."""
     constants = centroids**2 + prices
     hull, starts = [0], [-np.inf]
     for j in range(1, len(centroids)):

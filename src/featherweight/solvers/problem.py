@@ -45,7 +45,7 @@ class Pruning:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Quantization:
-    """W (rows, d) in float64, the damped H, the grid, which weights are held at zero (rows, d), and whether scales may move."""
+    """W (rows, d) in float64, the damped H, the grid, what is held at zero (rows, d), and whether scales may move."""
 
     W: Tensor
     damped: Damped

@@ -30,7 +30,7 @@ __all__ = ["QUANTIZERS", "Quantized", "Quantizer", "check_zero", "quantize"]
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Quantized:
-    """A quantized layer: `integers` (rows, d) on `grid`, the `weights` they stand for in W's dtype, what is held at zero.
+    """A quantized layer: `integers` (rows, d) on `grid`, the `weights` these are in W's dtype, what is held at zero.
 
     `loss` is ½ Σ (w - v) H (w - v)ᵀ of the weights as delivered, on the H that was given. `losses` has it for each
     solver that was tried and `judged` the judge's loss, if there was one. `work` is in 1e9 multiply-adds, `damping` is
@@ -144,7 +144,7 @@ def _unpaid(solver: str, names: list[str], rules: Rules) -> tuple[str, ...]:
 
 
 def search(problem: Quantization) -> tuple[Tensor, Grid]:
-    """ADMM, or GPTQ in the rows where that is better, and the polish. Rows are independent, so each has its best start."""
+    """ADMM, or GPTQ in rows where that is better, and the polish. Rows are independent, so each has its best start."""
     starts = torch.stack((admm_grid(problem), gptq(problem)))
     losses = torch.stack([row_losses(problem.W, problem.grid.values(one), problem.damped.H) for one in starts])
     start = starts.gather(0, losses.argmin(0)[None, :, None].expand(1, -1, problem.d))[0]

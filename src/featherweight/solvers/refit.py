@@ -65,7 +65,7 @@ def refit_rows(W: Tensor, damped: Damped, pruned: Tensor, budget_bytes: int = 1 
 
 
 def products_work(rows: int, d: int) -> float:
-    """Multiply-adds of a refit by products, in float64's (those in float32 count half); infinity where d is too small."""
+    """Multiply-adds of a refit by products, in float64's (those in float32 count half); infinity if d is too small."""
     return (ITERATIONS / 2 * rows + 256) * d**2 if d >= _LEAST else float("inf")
 
 
@@ -112,7 +112,7 @@ def _by_factors(W: Tensor, damped: Damped, pruned: Tensor, budget_bytes: int) ->
 
 
 def _solve(move: Tensor, right: Tensor, source: Tensor, rows: Tensor, index: Tensor) -> None:
-    """Solves source[S, S] x = right[S] for the S in `index` (masks, k), each for its `rows` (masks, m); x goes to `move`."""
+    """Solves source[S, S] x = right[S] for S in `index` (masks, k), each for its `rows` (masks, m); x into `move`."""
     system = source[index[:, :, None], index[:, None, :]]
     system.diagonal(dim1=1, dim2=2).add_(index == len(source) - 1)
     factor = torch.linalg.cholesky(system)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""1-swap polish: a kept weight and a removed one change places wherever that, with all others refitted, lowers the loss.
+"""1-swap polish: a kept weight and a removed one change places where that, with all others refitted, lowers the loss.
 
 For a row with kept columns S let A = (H_SS)⁻¹, v = w_S + w_P H_PS A its refitted weights, and for a removed column q
 B_q = A H_Sq, s_q = H_qq - H_qS B_q, r_q = what is left of the gradient at q. Taking p out costs v_p² / A_pp, putting q
@@ -107,7 +107,7 @@ class _Table:
             self._pivot(into, better)
 
     def _best(self) -> tuple[Tensor, Tensor, Tensor]:
-        """Each row's best swap among its cheapest to take out and all candidates: places out and in, and twice the gain."""
+        """Each row's best swap among its cheapest to take out and all candidates: places out and in, twice the gain."""
         diagonal = self.table.diagonal(dim1=1, dim2=2)
         price = torch.where(self.inside, self.line.square() / -diagonal, torch.inf)
         length = _SHORTLIST if self.group is None else _SHORTLIST_IN_GROUPS

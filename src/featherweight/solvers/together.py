@@ -100,7 +100,7 @@ def meet() -> None:
 
 @contextlib.contextmanager
 def shared_rows() -> Iterator[None]:
-    """While it lasts, all processes solve the same problem: `own` gives each its rows, `add_up` brings them together."""
+    """While it lasts, all processes solve one problem: `own` gives each its rows, `add_up` brings them together."""
     global _rows_are_shared
     before, _rows_are_shared = _rows_are_shared, processes() > 1
     try:
@@ -124,7 +124,7 @@ def own(rows: Tensor) -> Tensor:
 
 
 def add_up(part: Tensor) -> Tensor:
-    """The sum of all processes' parts, where rows are shared; each part is zero in the others' rows, so nothing is rounded."""
+    """The sum of all processes' parts, where rows are shared; each is zero in others' rows, so nothing is rounded."""
     if _rows_are_shared:
         part = part.contiguous()
         dist.all_reduce(part)
@@ -132,7 +132,7 @@ def add_up(part: Tensor) -> Tensor:
 
 
 def same(tensor: Tensor) -> Tensor:
-    """The first process's values, for all: where decisions must agree to the last bit, so must what they are made from."""
+    """The first process's values, for all: where decisions must agree to the bit, so must what they are made from."""
     if processes() == 1:
         return tensor
     tensor = tensor.contiguous().clone()

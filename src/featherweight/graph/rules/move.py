@@ -88,7 +88,7 @@ def shift(walk: Walk, call: Call) -> Value:
 
 
 def part(walk: Walk, call: Call) -> Any:
-    """chunk and split: equal parts stay equal, position by position, since the code that asks for equal parts goes on to."""
+    """chunk, split: equal parts stay equal, position by position, since code that asks for equal parts goes on to."""
     value = call["self"]
     parts = execute(call, walk, value)
     axis = (call["dim"] or 0) % len(value.shape)

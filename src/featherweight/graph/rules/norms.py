@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Norms: per channel (batch and instance norm) a cut is exact; over channels (layer, RMS, group norm) statistics change."""
+"""Norms: per channel (batch, instance) a cut is exact; over channels (layer, RMS, group) statistics change."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Sums of products: linear, matmul, einsum, attention, convolution, embedding. A weight's rows are the channels it makes."""
+"""Sums of products: linear, matmul, einsum, attention, conv, embedding. A weight's rows are the channels it makes."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ def added(walk: Walk, call: Call) -> Value:
 
 
 def of_experts(walk: Walk, call: Call) -> Value:
-    """Rows in blocks, each block times the matrix of its expert. Which expert is chosen by data, so that none is cut."""
+    """Rows in blocks, each times the matrix of its expert. Which expert is chosen by data, so that none is cut."""
     rows, weight = call.values[:2]
     weight = walk.pin(weight, [0], "an expert is chosen by data")
     planes = tuple(plane.select(0, 0) for plane in weight.planes)
@@ -104,7 +104,7 @@ def einsum(walk: Walk, call: Call) -> Value:
 
 
 def attention(walk: Walk, call: Call) -> Value:
-    """softmax(q kᵀ) v: whole heads, or positions within heads, as the grain says. A kv head serves a group of queries."""
+    """softmax(q kᵀ) v: whole heads, or positions in heads, as the grain says. A kv head serves a group of queries."""
     q, k, v = call["query"], call["key"], call["value"]
     if len(q.shape) > 2 and k.shape[-3] != q.shape[-3]:
         k, v = (_repeated(value, q.shape[-3]) for value in (k, v))

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How much of a coupling its consumers take in: Σ ||x_c|| Σ |w_c|, Wanda's score (arXiv 2306.11695) for a whole channel."""
+"""How much of a coupling its consumers take in: Σ ||x_c|| Σ |w_c|, Wanda's score (arXiv 2306.11695) per channel."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ class InputNorms:
         self._hooks: list[Any] = [module.register_forward_pre_hook(self._read) for module in watched]
 
     def scores(self) -> dict[str, Tensor]:
-        """Σ over consumers of ||x_c|| Σ |w_c| (size,) by group, from all that was read since it was opened or `reset`."""
+        """Σ over consumers of ||x_c|| Σ |w_c| (size,) by group, from all read since it was opened or `reset`."""
         found = {}
         for name, parts in self._parts.items():
             if not all(module in self._squares for module, _ in parts):

@@ -126,7 +126,7 @@ def ranked(ladders: Sequence[Ladder], ranking: str, divide: Divide, alike: Seque
 
 
 def _by_structure(ladders: Sequence[Ladder], alike: Sequence[Hashable]) -> list[np.ndarray]:
-    """For each rung the share of its structure's couplings that is gone with it, ranked by score within the structure."""
+    """For each rung the share of its structure's couplings gone with it, ranked by score within the structure."""
     keys = [np.zeros(len(ladder.ends)) for ladder in ladders]
     for structure in dict.fromkeys(alike):
         members = [i for i, own in enumerate(alike) if own == structure]

@@ -29,7 +29,7 @@ __all__ = ["DropBlocks", "block_influence", "blocks"]
 
 @dataclasses.dataclass(frozen=True)
 class DropBlocks:
-    """Removes `count` whole blocks of the model that it is called with: those that change what passes through them least.
+    """Removes `count` whole blocks of the model it is called with: those that change what passes through them least.
 
     Saves all that the blocks cost, in every runtime: parameters, memory, MACs and time; depth that is gone costs
     accuracy, which training wins back. Blocks are the modules of a ModuleList or Sequential, and those that a glob of

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a report is told of a cut: a line for each group, what was frozen and why, what was reached, what was not met."""
+"""What a report is told of a cut: a line a group, what was frozen and why, what was reached, what was not met."""
 
 from __future__ import annotations
 

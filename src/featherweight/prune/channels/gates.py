@@ -125,7 +125,7 @@ class PerSample:
             self._hooks.append(module.register_forward_hook(self._after))
 
     def take(self) -> dict[str, Tensor]:
-        """The gates' gradients (samples, size) by group since last time; groups that no backward pass reached are absent."""
+        """The gates' gradients (samples, size) by group since last time; groups that no backward reached are absent."""
         self._flush()
         found = {name: torch.cat(parts) for name, parts in self._done.items()}
         self._done = {}
@@ -210,7 +210,7 @@ def _layers_of(group: Group, where: str) -> list[Member]:
 
 
 def owners_of(model: nn.Module) -> dict[str, list[nn.Module]]:
-    """The modules that read each parameter, by each of its names. An attention never calls its `out_proj`, and owns it."""
+    """Modules that read each parameter, by each of its names. An attention never calls its `out_proj`, and owns it."""
     never = {module.out_proj: module for module in model.modules() if isinstance(module, nn.MultiheadAttention)}
     holders: dict[int, list[nn.Module]] = {}
     for module in model.modules():

@@ -41,7 +41,7 @@ Loss = Callable[[Any], Tensor]
 
 
 class Data:
-    """What scores are measured on: batches, how the model is called on one, and its loss (None where none is needed)."""
+    """What scores are measured on: batches, how the model is called on one, and its loss (None if none is needed)."""
 
     def __init__(
         self, batches: Sequence[Any], forward: Callable[[Any, Any], Any], loss: Callable[[Any, Any], Tensor] | None

@@ -92,7 +92,7 @@ def only_best(
     scores: Mapping[str, Sequence[float]] | None = None,
     higher_is_better: bool = True,
 ) -> dict[str, tuple[int, float]]:
-    """For each group its best head, and the metric with all others of that group removed. The model is left as it was."""
+    """For each group its best head, and the metric with all others of that group removed. The model stays as it was."""
     model = unwrap(model)
     found = {}
     for group in head_groups(trace):

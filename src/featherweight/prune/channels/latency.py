@@ -80,7 +80,7 @@ def search(length: int, ratios: Callable[[Sequence[int]], Sequence[float]], tole
 def per_coupling(
     model: nn.Module, trace: Trace, inputs: Any, groups: Sequence[Group], share: float = 0.5
 ) -> dict[str, float]:
-    """Milliseconds that one coupling of each group costs: of copies with a share of that group alone cut, timed in turns.
+    """Milliseconds that a coupling of each group costs: of copies with a share of that group alone cut, timed in turns.
 
     Measured once, on the model as it is. What is lost in the clock's noise counts as a hundredth of the median group.
     """

@@ -38,7 +38,7 @@ def masks_of(
 
 @torch.no_grad()
 def zero_buffers(model: nn.Module, groups: Iterable[Group], gone: Mapping[str, np.ndarray]) -> None:
-    """Puts zeros into floating-point buffers that lose positions, but for the statistics of norms, which follow by themselves."""
+    """Zeroes floating-point buffers that lose positions, but for norms' statistics, which follow by themselves."""
     buffers = dict(model.named_buffers(remove_duplicate=False))
     for group in groups:
         if not gone[group.name].any():

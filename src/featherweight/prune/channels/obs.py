@@ -114,7 +114,7 @@ def structured_obs(
 
 
 def elimination(parts: Sequence[tuple[Tensor, Tensor, Tensor]], gone: np.ndarray) -> tuple[Tensor, Tensor]:
-    """The order in which couplings go, and what each adds to the loss, from (W, H⁻¹, columns (size, c)) of each consumer.
+    """In what order couplings go, and what each adds to the loss, from (W, H⁻¹, columns (size, c)) of each consumer.
 
     All but those `gone` are in the order. O(size) steps of O(d² c) each.
     """

@@ -32,7 +32,7 @@ def refit_consumers(
     batches: Sequence[Any],
     forward: Callable[[Any, Any], Any],
 ) -> Moved:
-    """Refits the weights named `read` of your masked model in place toward the dense `reference`; what is masked stays zero.
+    """Refits weights named `read` of your masked model in place to the dense `reference`; what is masked stays zero.
 
     Both models have the same shapes, since nothing is cut yet. Names what it set, and what it left alone and why.
     """

@@ -130,7 +130,7 @@ def lines(trace: Trace, keeps: Mapping[str, np.ndarray], kept: Mapping[str, str]
 
 
 def is_told(frozen: Frozen, trace: Trace) -> bool:
-    """Whether it is worth a line: not a single position, a bias that goes with its weight, or a kernel: these are nobody's channels."""
+    """Whether it is worth a line: single positions, biases that go with weights, and kernels are nobody's channels."""
     kernel = frozen.axis > 1 and frozen.op.startswith("conv")
     return frozen.positions > 1 and len(trace.shapes.get(frozen.tensor, ())) > 1 and not kernel
 
