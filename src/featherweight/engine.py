@@ -1,48 +1,24 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The sparse engine: any ONNX model, and any module, run on the CPU without computing zeros. See docs/engine.md."""
+"""The sparse engine: any ONNX model, and any module, run on the CPU without computing zeros. See docs/engine.md.
+
+Whoever only runs files need not pay for torch, which is most of the seconds and megabytes of a start: `compile` alone
+imports it.
+"""
 
 from __future__ import annotations
 
-import tempfile
-from pathlib import Path
-from typing import Any
+import importlib
+from typing import TYPE_CHECKING, Any
 
-from torch import nn
-
-from featherweight.deploy import EngineSession, export_onnx
-from featherweight.errors import OptionError
-from featherweight.measure import eval_copy, run_once
 from featherweight.runtime import Engine, Port, Profile, Row, load
-from featherweight.task import describe
+
+if TYPE_CHECKING:
+    from featherweight.compiled import Compiled, compile
 
 __all__ = ["Compiled", "Engine", "Port", "Profile", "Row", "compile", "load"]
 
 
-class Compiled(EngineSession):
-    """A module in the engine, called as the module is; `engine` is what runs it, and knows its profile."""
-
-    def __init__(self, engine: Engine, like: Any, folder: tempfile.TemporaryDirectory[str]) -> None:
-        super().__init__(engine, like)
-        self._folder = folder  # the file is read again where another batch changes what runs where
-
-
-def compile(
-    model: nn.Module, example_inputs: tuple[Any, ...], threads: int | None = None, *, cache: str | Path | None = None
-) -> Compiled:
-    """A callable that stands in for the module, in eval mode: tensors in and out, by place or by name.
-
-    Exports the model as `export_onnx` does, checked against it, and loads that as `load` does: later changes to the
-    model do not reach it. The batch may change from call to call where the model lets it. Faster where weights are
-    zeros; no gradients.
-
-    >>> import torch
-    >>> model = nn.Sequential(nn.Linear(16, 32), nn.ReLU(), nn.Linear(32, 4)).eval()
-    >>> x = torch.randn(3, 16)
-    >>> fast = compile(model, (x[:2],))
-    >>> torch.testing.assert_close(fast(x), model(x).detach())
-    """
-    if not isinstance(example_inputs, tuple):
-        raise OptionError(f"example_inputs is {describe(example_inputs)}; give a tuple, for one tensor: (x,).")
-    folder = tempfile.TemporaryDirectory(prefix="featherweight-")
-    written = export_onnx(model, example_inputs, Path(folder.name) / "model.onnx")
-    return Compiled(load(written.path, threads, cache=cache), run_once(eval_copy(model), example_inputs), folder)
+def __getattr__(name: str) -> Any:
+    if name in ("Compiled", "compile"):
+        return getattr(importlib.import_module("featherweight.compiled"), name)
+    raise AttributeError(f"module 'featherweight.engine' has no attribute {name!r}")

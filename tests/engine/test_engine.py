@@ -374,11 +374,22 @@ def test_without_the_core_the_command_that_installs_it_is_said(file: Path, monke
         fw.engine.load(file)
 
 
-def test_neither_torch_nor_onnxruntime_is_imported_for_a_model_of_the_cores_own(file: Path) -> None:
+@pytest.mark.parametrize(
+    ("opening", "without"),
+    [
+        (
+            "import featherweight_engine\nrun = featherweight_engine.Engine(path).run",
+            "torch onnx onnxruntime featherweight",
+        ),
+        ("import featherweight as fw\nrun = lambda x: fw.engine.load(path).run({'x': x[0]})", "torch onnx onnxruntime"),
+    ],
+)
+def test_neither_torch_nor_onnxruntime_is_imported_for_a_model_of_the_cores_own(
+    opening: str, without: str, file: Path
+) -> None:
     program = (
-        "import sys\nimport numpy as np\nimport featherweight_engine\n"
-        f"engine = featherweight_engine.Engine({str(file)!r})\nengine.run([np.zeros((1, 64), np.float32)])\n"
-        "print([name for name in ('torch', 'onnx', 'onnxruntime', 'featherweight') if name in sys.modules])"
+        f"import sys\nimport numpy as np\npath = {str(file)!r}\n{opening}\nrun([np.zeros((1, 64), np.float32)])\n"
+        f"print([name for name in {without.split()} if name in sys.modules])"
     )
     assert subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True).stdout == "[]\n"
 
