@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import HealthCheck, assume, given, settings
+from hypothesis import HealthCheck, assume, example, given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
@@ -56,6 +56,60 @@ def test_convolutions_of_any_geometry(case: tuple[Any, ...], seed: int) -> None:
     conv = node("Conv", ["x", *constants], group=group, strides=strides, dilations=dilations, pads=pads)
     x = inputs(random, (images, channels, *size))
     check(model([conv], x, ["y"], constants), x, 2e-5)
+
+
+ENDS = {
+    "none": [],
+    "Relu": [node("Relu", ["s"], outputs=["t"])],
+    "ReLU6": [node("Clip", ["s", "zero", "six"], outputs=["t"])],
+    "SiLU": [node("Sigmoid", ["s"], outputs=["g"]), node("Mul", ["s", "g"], outputs=["t"])],
+    "HardSwish": [node("HardSwish", ["s"], outputs=["t"])],
+}
+
+
+@st.composite
+def depthwise(draw: st.DrawFn) -> tuple[Any, ...]:
+    kernel = draw(st.sampled_from([(3, 3), (3, 3), (5, 5), (1, 3), (4, 2)]))
+    stride = draw(st.sampled_from([(1, 1), (2, 2), (1, 1), (2, 2), (1, 2), (3, 3)]))
+    dilation = draw(st.sampled_from([1, 1, 1, 2]))
+    pads = draw(st.lists(st.integers(0, 2), min_size=4, max_size=4))
+    size = draw(st.tuples(st.integers(1, 40), st.integers(1, 70)))
+    assume(all(size[i] + pads[i] + pads[2 + i] >= (kernel[i] - 1) * dilation + 1 for i in range(2)))
+    images, channels, filters = (
+        draw(st.sampled_from([1, 1, 2])),
+        draw(st.integers(2, 6)),
+        draw(st.sampled_from([1, 1, 2])),
+    )
+    end, added = draw(st.sampled_from([*ENDS])), draw(st.sampled_from(["", "before", "after"]))
+    return kernel, stride, dilation, pads, size, images, channels, filters, end, added
+
+
+@settings(max_examples=100, suppress_health_check=[HealthCheck.too_slow])
+@given(depthwise(), st.integers(0, 9))
+@example(((5, 5), (1, 1), 1, [0, 0, 0, 0], (20, 36), 1, 4, 1, "HardSwish", "before"), 0)  # lines of two whole registers
+def test_depthwise_convolutions_of_any_geometry_and_end(case: tuple[Any, ...], seed: int) -> None:
+    kernel, stride, dilation, pads, size, images, channels, filters, end, added = case
+    random = np.random.default_rng(seed)
+    rows = channels * filters
+    constants = {"w": weights(random, (rows, 1, *kernel), 0.1), "b": weights(random, (rows,), 0.0)}
+    constants |= {"zero": np.array(0, np.float32), "six": np.array(6, np.float32)}
+    x = inputs(random, (images, channels, *size))
+    out = [
+        (n + a + b - (k - 1) * dilation - 1) // s + 1
+        for n, a, b, k, s in zip(size, pads[:2], pads[2:], kernel, stride, strict=True)
+    ]
+    x |= {"r": random.standard_normal((images, rows, *out)).astype(np.float32)} if added else {}
+    dilations = [dilation] * 2
+    nodes = [
+        node("Conv", ["x", "w", "b"], outputs=["c"], group=channels, strides=stride, dilations=dilations, pads=pads)
+    ]
+    nodes.append(
+        node("Add", ["c", "r"], outputs=["s"]) if added == "before" else node("Identity", ["c"], outputs=["s"])
+    )
+    nodes += ENDS[end]
+    last = "t" if ENDS[end] else "s"
+    nodes.append(node("Add", [last, "r"]) if added == "after" else node("Identity", [last]))
+    check(model(nodes, x, ["y"], constants), x, 2e-5)
 
 
 @pytest.mark.parametrize("auto_pad", ["SAME_UPPER", "SAME_LOWER", "VALID"])

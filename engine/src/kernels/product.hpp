@@ -63,6 +63,18 @@ struct Strip {
     int masks, size, count;
 };
 
+// Positions side by side in every line of a plane, which a depthwise convolution of 3 x 3 taps goes down: `size` of them from
+// `to` on. Tap j of a line reads line[from + j + i * stride]; where bit i * stride of masks[j] is not set, that is outside.
+struct Column {
+    std::ptrdiff_t from;
+    int to, size;
+    std::uint32_t masks[3];
+};
+// Lines of such a plane, all of one size; output lines [first, last) are wanted.
+struct PlaneLines {
+    int in, width, out_width, pad, first, last;
+};
+
 struct ProductKernels {
     // Rows [begin, end) times a panel of `width` registers; row k of the panel is at panel + k * step. `sums` (width * lanes
     // floats a row, from `begin` on) carries partial sums from block to block; the first starts at the bias, the last finishes.
@@ -94,6 +106,9 @@ struct ProductKernels {
     // set does not load by a mask.
     void (*depthwise_strips)(const float* plane, int stride, const Strip* strips, int count, const std::uint32_t* masks,
                              const std::ptrdiff_t* shifts, const float* weights, int taps, float bias, const Finisher& finisher);
+    // The same of 3 x 3 taps, column by column: a line's elements are loaded once for all lines of the output that they are in.
+    void (*depthwise_columns)(const float* plane, int stride, const Column* columns, int count, const PlaneLines& lines, const float* weights,
+                              float bias, const Finisher& finisher);
     // `rounds` times 12 registers of multiply-adds and nothing else: what the processor can do at most.
     void (*spin)(std::int64_t rounds, float* out);
     // The sum of `size` floats, a multiple of 4 registers: what memory can do at most.

@@ -25,10 +25,13 @@ __attribute__((noinline)) static void finish_segments(const float* sums, const F
     }
 }
 
+static inline bool clamps(const Finisher& to) {
+    return to.activation == Activation::none || to.activation == Activation::relu || to.activation == Activation::clip;
+}
+
 template <int width>
 static inline void finish(const Vec (&sums)[width], const Finisher& to, int row) {
-    const bool simple = to.activation == Activation::none || to.activation == Activation::relu || to.activation == Activation::clip;
-    if (to.count == 1 && to.segments[0].size == width * lanes && simple) {
+    if (to.count == 1 && to.segments[0].size == width * lanes && clamps(to)) {
         const std::ptrdiff_t base = row * to.stride + to.segments[0].out;
         float* out = to.out + base;
         const Vec low = splat(to.low), high = splat(to.high);
@@ -312,11 +315,45 @@ static inline Vec strip_tap(const float* from, std::uint32_t mask) {
     return __builtin_shufflevector(load_where(from, mask), load_where(from + lanes, mask >> lanes), KERNELS_EVEN);
 }
 
+// Where sums of a depthwise convolution go. Clamps are done on the way; other activations would take the registers that
+// weights and lines are kept in, and follow at the end, by `rest`.
+struct Sink {
+    explicit Sink(const Finisher& to)
+        : out(to.out), residual(clamps(to) ? to.residual : nullptr), first(to.residual_first), low(splat(clamps(to) ? to.low : -__builtin_inff())),
+          high(splat(clamps(to) ? to.high : __builtin_inff())) {}
+
+    void put(Vec sum, std::ptrdiff_t at) const {
+        if (residual == nullptr) return store(out + at, clamp(sum, low, high));
+        const Vec added = load(residual + at);
+        store(out + at, first ? clamp(sum + added, low, high) : clamp(sum, low, high) + added);
+    }
+    void put(Vec sum, std::ptrdiff_t at, int size) const {
+        if (size == lanes) return put(sum, at);
+        if (residual == nullptr) return store_first(out + at, clamp(sum, low, high), size);
+        const Vec added = load_first(residual + at, size);
+        store_first(out + at, first ? clamp(sum + added, low, high) : clamp(sum, low, high) + added, size);
+    }
+    static void rest(const Finisher& to, std::ptrdiff_t begin, std::ptrdiff_t end) {
+        if (clamps(to)) return;
+        const Segment all{begin, 0, static_cast<int>(end - begin)};
+        Finisher own = to;
+        own.segments = &all;
+        own.count = 1;
+        finish_segments(to.out + begin, own, 0);
+    }
+
+    float* const out;
+    const float* const residual;
+    const bool first;
+    const Vec low, high;
+};
+
 // `known`: the number of taps where it is known to the compiler, so that weights stay in registers.
 template <int stride, int known>
 static void depthwise_by_strips(const float* plane, const Strip* strips, int count, const std::uint32_t* masks, const std::ptrdiff_t* shifts,
                                 const float* weights, int taps, float bias, const Finisher& finisher) {
     if constexpr (known > 0) taps = known;
+    const Sink sink(finisher);
     for (const Strip* strip = strips; strip != strips + count; ++strip) {
         const float* from = plane + strip->from;
         if (strip->masks < 0) {
@@ -324,25 +361,17 @@ static void depthwise_by_strips(const float* plane, const Strip* strips, int cou
                 Vec sum = splat(bias);
 #pragma GCC unroll 9
                 for (int t = 0; t < taps; ++t) sum += splat(weights[t]) * strip_tap<stride>(from + shifts[t]);
-                const std::ptrdiff_t to = strip->to + i * lanes;
-                const Vec residual = finisher.residual != nullptr ? load(finisher.residual + to) : Vec{};
-                store(finisher.out + to, finished(sum, finisher, residual));
+                sink.put(sum, strip->to + i * lanes);
             }
         } else {
             Vec sum = splat(bias);
             const std::uint32_t* mask = masks + strip->masks;
 #pragma GCC unroll 9
             for (int t = 0; t < taps; ++t) sum += splat(weights[t]) * strip_tap<stride>(from + shifts[t], mask[t]);
-            const std::ptrdiff_t to = strip->to;
-            if (strip->size == lanes) {
-                const Vec residual = finisher.residual != nullptr ? load(finisher.residual + to) : Vec{};
-                store(finisher.out + to, finished(sum, finisher, residual));
-            } else {
-                const Vec residual = finisher.residual != nullptr ? load_first(finisher.residual + to, strip->size) : Vec{};
-                store_first(finisher.out + to, finished(sum, finisher, residual), strip->size);
-            }
+            sink.put(sum, strip->to, strip->size);
         }
     }
+    if (const Strip* last = strips + count - 1; count > 0) Sink::rest(finisher, strips->to, last->to + (last->count - 1) * lanes + last->size);
 }
 
 static void depthwise_strips(const float* plane, int stride, const Strip* strips, int count, const std::uint32_t* masks,
@@ -352,8 +381,49 @@ static void depthwise_strips(const float* plane, int stride, const Strip* strips
     else
         (taps == 9 ? depthwise_by_strips<2, 9> : depthwise_by_strips<2, 0>)(plane, strips, count, masks, shifts, weights, taps, bias, finisher);
 }
+
+template <int stride>
+static void depthwise_down(const float* plane, const Column column, const PlaneLines lines, const float* weights, float bias, const Sink& sink) {
+    Vec weight[9], line[3][3];
+#pragma GCC unroll 9
+    for (int i = 0; i < 9; ++i) weight[i] = splat(weights[i]);
+    const auto fill = [&](Vec(&to)[3], int y) {
+        if (y < 0 || y >= lines.in) {
+            to[0] = to[1] = to[2] = Vec{};
+            return;
+        }
+        const float* from = plane + static_cast<std::ptrdiff_t>(y) * lines.width + column.from;
+#pragma GCC unroll 3
+        for (int j = 0; j < 3; ++j) to[j] = strip_tap<stride>(from + j, column.masks[j]);
+    };
+#pragma GCC unroll 2
+    for (int i = 0; i < 3 - stride; ++i) fill(line[i], lines.first * stride - lines.pad + i);
+    for (int y = lines.first; y < lines.last; ++y) {
+#pragma GCC unroll 2
+        for (int i = 3 - stride; i < 3; ++i) fill(line[i], y * stride - lines.pad + i);
+        Vec sum[3] = {splat(bias)};  // so that an addition need not wait for the one before it
+#pragma GCC unroll 9
+        for (int i = 0; i < 9; ++i) sum[i % 3] += weight[i] * line[i / 3][i % 3];
+        sink.put(sum[0] + sum[1] + sum[2], static_cast<std::ptrdiff_t>(y) * lines.out_width + column.to, column.size);
+#pragma GCC unroll 3
+        for (int j = 0; j < 3; ++j) {
+            line[0][j] = line[stride][j];
+            if constexpr (stride == 1) line[1][j] = line[2][j];
+        }
+    }
+}
+
+static void depthwise_columns(const float* plane, int stride, const Column* columns, int count, const PlaneLines& lines, const float* weights,
+                              float bias, const Finisher& finisher) {
+    const Sink sink(finisher);
+    for (int i = 0; i < count; ++i)
+        (stride == 1 ? depthwise_down<1> : depthwise_down<2>)(plane, columns[i], lines, weights, bias, sink);
+    const std::ptrdiff_t width = lines.out_width;
+    Sink::rest(finisher, lines.first * width, lines.last * width);
+}
 #else
 static constexpr decltype(ProductKernels::depthwise_strips) depthwise_strips = nullptr;
+static constexpr decltype(ProductKernels::depthwise_columns) depthwise_columns = nullptr;
 #endif
 
 static void spin(std::int64_t rounds, float* out) {
@@ -377,4 +447,5 @@ static float read(const float* from, std::int64_t size) {
     return whole;
 }
 
-static constexpr ProductKernels product_kernels{sparse, dense, dense_rows, pack_rows, pack, spread, sparse_vector, dense_vector, depthwise, depthwise_strips, spin, read};
+static constexpr ProductKernels product_kernels{sparse, dense, dense_rows, pack_rows, pack, spread, sparse_vector, dense_vector, depthwise,
+                                                depthwise_strips, depthwise_columns, spin, read};

@@ -79,42 +79,80 @@ bool by_position(const Geometry& g, int threads) {
     return g.in.size() == 1 && g.space[1].out >= threads && g.positions() >= large;
 }
 
-void add_strips(Planner& planner, const Geometry& g, int channels, int multiplier, std::ptrdiff_t image_out, const Tensor& weights, const Places& places) {
+// A step that calls `work(part, plane, weights, bias, finisher)` for every plane, in `parts` parts of each (see by_position) or 1.
+template <class Work>
+void add_planes(Planner& planner, const Geometry& g, int channels, int multiplier, std::ptrdiff_t image_out, const Tensor& weights,
+                const Places& places, Work work) {
     const bool shared = by_position(g, planner.threads());
-    const auto strips = std::make_shared<const Strips>(strips_of(g, planner.kernels().lanes, shared ? planner.threads() : 1));
     const Finisher finisher = finisher_of(planner.node().finish);
-    const int planes = channels * multiplier, taps = static_cast<int>(g.taps()), stride = static_cast<int>(g.space[2].stride);
-    const double images = static_cast<double>(g.in.size()), work = static_cast<double>(g.positions()) * planes * images;
+    const int planes = channels * multiplier, taps = static_cast<int>(g.taps());
+    const double images = static_cast<double>(g.in.size()), sums = static_cast<double>(g.positions()) * planes * images;
     planner.step(
         planner.node().op + " depthwise", places.touched(),
         [=, images_in = g.in, channel_step = g.channel_step, positions = static_cast<std::ptrdiff_t>(g.positions())](Frame& frame) {
             const Finisher bound = places.bound(frame, finisher);
             const std::int64_t all = static_cast<std::int64_t>(planes) * static_cast<std::int64_t>(images_in.size());
-            const int parts = static_cast<int>(shared ? strips->parts.size() : std::min<std::int64_t>(frame.pool.threads(), all));
+            const int parts = static_cast<int>(shared ? frame.pool.threads() : std::min<std::int64_t>(frame.pool.threads(), all));
             frame.pool.run(parts, [&](int part) {
-                const std::vector<Strip>& own = strips->parts[shared ? static_cast<std::size_t>(part) : 0];
                 Finisher to = bound;
                 for (std::int64_t at = shared ? 0 : all * part / parts, end = shared ? all : all * (part + 1) / parts; at < end; ++at) {
                     const std::int64_t image = at / planes, plane = at % planes;
                     const std::ptrdiff_t begin = image * image_out + plane * positions;
                     to.out = bound.out + begin;
                     if (bound.residual != nullptr) to.residual = bound.residual + begin;
-                    frame.kernels.product.depthwise_strips(
-                        frame.at<float>(places.in) + images_in[static_cast<std::size_t>(image)] + plane / multiplier * channel_step, stride, own.data(),
-                        static_cast<int>(own.size()), strips->masks.data(), strips->shifts.data(), weights.as<float>() + plane * taps, taps,
-                        bound.bias != nullptr ? bound.bias[plane] : 0.0f, to);
+                    work(frame.kernels.product, shared ? static_cast<std::size_t>(part) : 0,
+                         frame.at<float>(places.in) + images_in[static_cast<std::size_t>(image)] + plane / multiplier * channel_step,
+                         weights.as<float>() + plane * taps, bound.bias != nullptr ? bound.bias[plane] : 0.0f, to);
                 }
             });
         },
-        2 * work * taps, 4 * (work + images * channels * static_cast<double>(g.space[1].in * g.space[2].in)));
+        2 * sums * taps, 4 * (sums + images * channels * static_cast<double>(g.space[1].in * g.space[2].in)));
+}
+
+bool fits_columns(const Geometry& g) {
+    const Spatial &y = g.space[1], &x = g.space[2];
+    return y.taps == 3 && x.taps == 3 && y.dilation == 1 && x.dilation == 1 && y.stride == x.stride;
+}
+
+std::vector<Column> columns_of(const Spatial& x, int lanes) {
+    std::vector<Column> made;
+    for (std::int64_t first = 0; first < x.out; first += lanes) {
+        Column column{static_cast<std::ptrdiff_t>(first * x.stride - x.pad), static_cast<int>(first), static_cast<int>(std::min<std::int64_t>(lanes, x.out - first)), {}};
+        for (int j = 0; j < 3; ++j)
+            for (int i = 0; i < column.size; ++i)
+                if (const std::int64_t at = column.from + j + i * x.stride; at >= 0 && at < x.in) column.masks[j] |= 1u << (i * x.stride);
+        made.push_back(column);
+    }
+    return made;
 }
 
 }  // namespace
 
 // A depthwise convolution: planes on their own, where they lie or a few padded lines at a time that stay in the nearest cache.
 void add_depthwise(Planner& planner, const Geometry& g, int channels, int multiplier, std::ptrdiff_t image_out, const Tensor& weights, Places places) {
-    if (planner.kernels().product.depthwise_strips != nullptr && g.space[2].stride <= 2)
-        return add_strips(planner, g, channels, multiplier, image_out, weights, places);
+    const int stride = static_cast<int>(g.space[2].stride), lanes = planner.kernels().lanes, parts = by_position(g, planner.threads()) ? planner.threads() : 1;
+    // A hostile kernel may have as many taps as its plane has positions, and each strip its own mask for each.
+    constexpr std::int64_t most_masks = 1 << 24;
+    const auto add = [&](auto work) { add_planes(planner, g, channels, multiplier, image_out, weights, places, work); };
+    if (planner.kernels().product.depthwise_strips != nullptr && stride <= 2 && fits_columns(g)) {
+        const Spatial y = g.space[1];
+        const PlaneLines all{static_cast<int>(y.in), static_cast<int>(g.space[2].in), static_cast<int>(g.space[2].out), static_cast<int>(y.pad), 0, 0};
+        return add([=, columns = columns_of(g.space[2], lanes)](const ProductKernels& kernels, std::size_t part, const float* plane, const float* taps,
+                                                                float bias, const Finisher& to) {
+            PlaneLines own = all;
+            own.first = static_cast<int>(y.out * static_cast<std::int64_t>(part) / parts);
+            own.last = static_cast<int>(y.out * static_cast<std::int64_t>(part + 1) / parts);
+            kernels.depthwise_columns(plane, stride, columns.data(), static_cast<int>(columns.size()), own, taps, bias, to);
+        });
+    }
+    if (planner.kernels().product.depthwise_strips != nullptr && stride <= 2 && g.taps() * (g.positions() / lanes + g.space[1].out) <= most_masks) {
+        const auto strips = std::make_shared<const Strips>(strips_of(g, lanes, parts));
+        return add([=](const ProductKernels& kernels, std::size_t part, const float* plane, const float* taps, float bias, const Finisher& to) {
+            const std::vector<Strip>& own = strips->parts[part];
+            kernels.depthwise_strips(plane, stride, own.data(), static_cast<int>(own.size()), strips->masks.data(), strips->shifts.data(), taps,
+                                     static_cast<int>(strips->shifts.size()), bias, to);
+        });
+    }
     const std::int64_t height = g.space[1].out, width = g.space[2].out;
     const int taps = static_cast<int>(g.taps());
     struct Chunk {
@@ -137,7 +175,6 @@ void add_depthwise(Planner& planner, const Geometry& g, int channels, int multip
     Geometry plane = g;
     plane.in = {0};
     plane.out = {0};
-    const int lanes = planner.kernels().lanes;
     for (std::int64_t i = 0; i < count_of_chunks; ++i) {
         Chunk chunk;
         const std::int64_t first = height * i / count_of_chunks, count = height * (i + 1) / count_of_chunks - first;
