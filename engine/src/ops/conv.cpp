@@ -72,7 +72,7 @@ void conv(Planner& planner) {
     places.residual = residual_of(planner, dims, {});
     places.out = planner.make(0, Type::f32, dims);
     if (places.out.size() == 0) return;
-    require_countable(weights, places.out);
+    require_countable(weights.dims, places.out);
     if (count(kernel) > 1 << 16) throw Unsupported("its kernel has more than 2^16 taps");
 
     Geometry g;

@@ -10,7 +10,7 @@ namespace {
 
 // Weights [rows][depth] times x along `axis`, which the output has `rows` long. Whatever other axes x has are positions;
 // those that are innermost in memory stay so, behind the rows.
-void linear(Planner& planner, const Tensor& weights, const Fact& x, int axis, const std::optional<Fact>& bias, const std::optional<Fact>& added) {
+void linear(Planner& planner, const Weights& weights, const Fact& x, int axis, const std::optional<Fact>& bias, const std::optional<Fact>& added) {
     const std::int64_t rows = weights.dims[0], depth = weights.dims[1];
     const int rank = x.rank();
     Dims dims = x.dims;
@@ -73,7 +73,7 @@ void linear(Planner& planner, const Tensor& weights, const Fact& x, int axis, co
     places.residual = extra;
     places.out = planner.make(0, Type::f32, dims, order);
     if (places.out.size() == 0) return;
-    require_countable(weights, places.out);
+    require_countable(weights.dims, places.out);
 
     Geometry g;
     g.rows = static_cast<int>(rows);
@@ -204,8 +204,8 @@ void matmul(Planner& planner) {
     std::optional<Fact> bias;
     if (planner.has(2)) bias = planner.dense(planner.in(2));
     if (b.constant && b.rank() == 2 && (!a.constant || bias)) {
-        const auto weights = planner.prepared<Tensor>("transposed", [&] { return transposed_matrix(planner.constant(1)); });
-        return linear(planner, *weights, a, a.rank() - 1, bias, std::nullopt);
+        const Weights weights({b.dims[1], b.dims[0]}, [&] { return transposed_matrix(planner.constant(1)); });
+        return linear(planner, weights, a, a.rank() - 1, bias, std::nullopt);
     }
     if (a.constant && a.rank() == 2 && !b.constant && !bias) return linear(planner, planner.constant(0), b, b.rank() - 2, std::nullopt, std::nullopt);
     const Dims batch = broadcast_dims(Dims(a.dims.begin(), a.dims.end() - 2), Dims(b.dims.begin(), b.dims.end() - 2));
@@ -241,7 +241,7 @@ void gemm(Planner& planner) {
     const bool turned = node.integer("transB", 0) != 0;
     const std::int64_t rows = b.dims[turned ? 0 : 1];
     if (a.dims[1] != b.dims[turned ? 1 : 0]) throw Error("shapes " + describe(a.dims) + " and " + describe(b.dims) + " cannot be multiplied");
-    const auto weights = planner.prepared<Tensor>("weights", [&] {
+    const Weights weights({rows, a.dims[1]}, [&] {
         const Tensor given = planner.constant(1);
         Tensor made = turned ? given : transposed_matrix(given);
         if (alpha != 1) {
@@ -265,7 +265,7 @@ void gemm(Planner& planner) {
             added = c;
         }
     }
-    linear(planner, *weights, a, 1, bias, added);
+    linear(planner, weights, a, 1, bias, added);
 }
 
 }  // namespace

@@ -37,8 +37,8 @@ void require_floats(const Planner& planner) {
             throw Unsupported(std::string("products are of floats, not of ") + name_of(planner.in(i).type));
 }
 
-void require_countable(const Tensor& weights, const Fact& out) {
-    if (std::max(weights.size(), out.size()) > std::numeric_limits<int>::max()) throw Unsupported("it has more than 2^31 weights or results");
+void require_countable(const Dims& weights, const Fact& out) {
+    if (std::max(count(weights), out.size()) > std::numeric_limits<int>::max()) throw Unsupported("it has more than 2^31 weights or results");
 }
 
 std::optional<Fact> residual_of(Planner& planner, const Dims& dims, const std::vector<int>& order) {
@@ -92,8 +92,8 @@ std::size_t fastest(std::size_t count, const Run& run) {
 
 // The candidate that is fastest on this machine, measured on the layer itself with numbers of no meaning. Layers that are
 // alike share one measurement.
-Choice choose(Planner& planner, const Geometry& g, const float* weights) {
-    const double share = density(weights, static_cast<std::int64_t>(g.rows) * g.depth());
+template <class Values>
+Choice choose(Planner& planner, const Geometry& g, double share, const Values& values) {
     const Kernels& kernels = planner.kernels();
     const std::vector<Choice> all = candidates(g, share, kernels.lanes);
     if (all.size() == 1) return all.front();
@@ -118,7 +118,7 @@ Choice choose(Planner& planner, const Geometry& g, const float* weights) {
     std::vector<Tiling> tilings;
     std::size_t scratch = 0;
     for (const Choice& choice : all) {
-        matrices.push_back(packed_matrix(weights, g, choice, kernels));
+        matrices.push_back(packed_matrix(values(), g, choice, kernels));
         tilings.push_back(tiling(g, matrices.back(), choice, kernels.lanes, planner.threads()));
         scratch = std::max(scratch, tilings.back().scratch);
     }
@@ -132,18 +132,23 @@ Choice choose(Planner& planner, const Geometry& g, const float* weights) {
 
 }  // namespace
 
-void add_product(Planner& planner, const Geometry& g, int groups, std::ptrdiff_t group_in, std::ptrdiff_t group_out, const Tensor& weights,
+void add_product(Planner& planner, const Geometry& g, int groups, std::ptrdiff_t group_in, std::ptrdiff_t group_out, const Weights& weights,
                  Places places) {
-    const float* values = weights.as<float>();
+    std::optional<Tensor> made;
+    const auto values = [&] {
+        if (!made) made = weights.make();
+        return made->as<float>();
+    };
     const std::int64_t each = static_cast<std::int64_t>(g.rows) * g.depth();
-    const double share = density(values, each * groups);
-    const Choice choice = choose(planner, g, values);
+    const double share = *planner.prepared<double>("share", [&] { return density(values(), each * groups); });
+    const double first = *planner.prepared<double>("share of the first group", [&] { return groups == 1 ? share : density(values(), each); });
+    const Choice choice = choose(planner, g, first, values);
     std::vector<Matrix> matrices;
     const std::string tag = std::to_string(choice.sparse) + "/" + std::to_string(choice.vector) + "/" + std::to_string(choice.block) + "/" +
                             std::to_string(choice.width * !choice.sparse);
     for (int group = 0; group < groups; ++group)
         matrices.push_back(*planner.prepared<Matrix>(tag + "/" + std::to_string(group),
-                                                     [&] { return packed_matrix(values + group * each, g, choice, planner.kernels()); }));
+                                                     [&] { return packed_matrix(values() + group * each, g, choice, planner.kernels()); }));
     std::vector<Tiling> tilings;  // rows are cut by each group's own zeros
     for (const Matrix& matrix : matrices) tilings.push_back(tiling(g, matrix, choice, planner.kernels().lanes, planner.threads()));
     std::size_t scratch = 0;
