@@ -3,7 +3,9 @@
 
 #include <algorithm>
 #include <chrono>
+#include <cmath>
 #include <cstring>
+#include <limits>
 
 #include "fuse.hpp"
 
@@ -75,6 +77,7 @@ std::shared_ptr<Engine::Ready> Engine::ready(const std::vector<Input>& inputs) {
         if (const std::size_t bytes = bytes_of(inputs[i])) std::memcpy(made->known[i]->bytes(), inputs[i].data, bytes);
     }
     made->plan = make_plan(graph_, facts, made->known, kernels_, pool_, prepared_);
+    if (made->plan.by_image) made->one = one_by_one(inputs, *made);
     plans_.push_front(made);
     if (plans_.size() > kept_plans) plans_.pop_back();
     return made;
@@ -82,17 +85,118 @@ std::shared_ptr<Engine::Ready> Engine::ready(const std::vector<Input>& inputs) {
 
 void Engine::prepare(const std::vector<Input>& shapes) { ready(shapes); }
 
-std::size_t Engine::arena_bytes(const std::vector<Input>& shapes) { return ready(shapes)->plan.arena_bytes; }
+std::size_t Engine::arena_bytes(const std::vector<Input>& shapes) {
+    const std::shared_ptr<Ready> ready = this->ready(shapes);
+    return (ready->one ? *ready->one : *ready).plan.arena_bytes;
+}
+
+// Ready for a single image where that is faster for each of the batch than all at once, as measured with numbers of no
+// meaning; nothing where it is not, or where a single image cannot be planned for.
+std::shared_ptr<Engine::Ready> Engine::one_by_one(const std::vector<Input>& inputs, Ready& whole) {
+    const std::int64_t batch = inputs[0].dims[0];
+    double flops = 0;
+    for (const Step& step : whole.plan.steps) flops += step.flops;
+    std::string key = std::string("images/") + kernels_.name + "/" + std::to_string(pool_.threads());
+    for (const Input& input : inputs) key += "/" + describe(input.dims);
+    key += "/" + std::to_string(whole.plan.steps.size()) + " steps, " + std::to_string(std::llround(flops / 1e6)) + " MFLOP";
+    const std::string decision = prepared_.decision(key);
+    if (decision == "together") return nullptr;
+
+    auto one = std::make_shared<Ready>();
+    std::vector<Fact> facts;
+    for (const Input& input : inputs) {
+        Dims dims = input.dims;
+        dims[0] = 1;
+        facts.push_back({input.type, dims, row_major(dims), 0, -1, false});
+    }
+    one->known.resize(inputs.size());
+    try {
+        one->plan = make_plan(graph_, facts, one->known, kernels_, pool_, prepared_);
+    } catch (const Unsupported&) {
+        return nullptr;
+    } catch (const Error&) {  // a size of the batch stands in the file
+        return nullptr;
+    }
+    for (std::size_t i = 0; i < whole.plan.outputs.size(); ++i) {
+        Dims dims = one->plan.outputs[i].dims;
+        if (dims.empty() || dims[0] != 1 || one->plan.outputs[i].type != whole.plan.outputs[i].type) return nullptr;
+        dims[0] = batch;
+        if (dims != whole.plan.outputs[i].dims) return nullptr;
+    }
+    if (decision == "one by one") return one;
+
+    std::vector<Memory> memories;
+    const auto room = [&](std::size_t bytes) { return memories.emplace_back(bytes).data(); };
+    std::vector<const std::byte*> from;
+    std::vector<std::byte*> to;
+    for (const Input& input : inputs) {
+        std::byte* data = room(bytes_of(input));
+        if (input.type == Type::f32)
+            for (std::int64_t i = 0; i < count(input.dims); ++i) reinterpret_cast<float*>(data)[i] = static_cast<float>(i % 7) - 3.0f;
+        from.push_back(data);
+    }
+    for (const Fact& fact : whole.plan.outputs) to.push_back(room(featherweight::bytes_of(fact.type, fact.dims)));
+    constexpr double patience = 1;  // seconds
+    double together = std::numeric_limits<double>::infinity(), apart = together;
+    try {
+        const double start = now();
+        for (int round = 0; round < 2 || (round < 4 && now() - start < patience); ++round) {  // the first touches the memory
+            const double begin = now();
+            run(whole, from, to, nullptr);
+            const double middle = now();
+            for (std::int64_t i = 0; i < batch; ++i) run(*one, from, to, nullptr);
+            together = std::min(together, middle - begin);
+            apart = std::min(apart, now() - middle);
+        }
+    } catch (const Error&) {  // numbers of no meaning may be none that the model takes
+        return nullptr;
+    }
+    const bool better = apart < 0.97 * together;
+    prepared_.decide(key, better ? "one by one" : "together");
+    (better ? whole : *one).arenas.clear();
+    return better ? one : nullptr;
+}
 
 std::vector<Tensor> Engine::run(const std::vector<Input>& inputs, std::vector<Spent>* spent) {
     const std::shared_ptr<Ready> ready = this->ready(inputs);
-    const Plan& plan = ready->plan;
+    std::vector<const std::byte*> from;
+    for (const Input& input : inputs) from.push_back(static_cast<const std::byte*>(input.data));
+    std::vector<Tensor> outputs;
+    std::vector<std::byte*> to;
+    for (const Fact& fact : ready->plan.outputs) {
+        outputs.emplace_back(fact.type, fact.dims);
+        to.push_back(outputs.back().bytes());
+    }
+    if (!ready->one) {
+        run(*ready, from, to, spent);
+        return outputs;
+    }
+    const std::int64_t batch = inputs[0].dims[0];
+    for (std::int64_t image = 0; image < batch; ++image) {
+        std::vector<Spent> own;
+        run(*ready->one, from, to, spent ? &own : nullptr);
+        for (std::size_t i = 0; i < from.size(); ++i) from[i] += bytes_of(inputs[i]) / static_cast<std::size_t>(batch);
+        for (std::size_t i = 0; i < to.size(); ++i)
+            to[i] += featherweight::bytes_of(ready->plan.outputs[i].type, ready->plan.outputs[i].dims) / static_cast<std::size_t>(batch);
+        if (!spent) continue;
+        if (image == 0) *spent = own;
+        for (std::size_t i = 0; image > 0 && i < own.size(); ++i) {
+            (*spent)[i].seconds += own[i].seconds;
+            (*spent)[i].flops += own[i].flops;
+            (*spent)[i].bytes += own[i].bytes;
+        }
+    }
+    return outputs;
+}
+
+void Engine::run(Ready& ready, const std::vector<const std::byte*>& inputs, const std::vector<std::byte*>& outputs, std::vector<Spent>* spent) {
+    const Plan& plan = ready.plan;
     Memory arena;
     {
-        std::lock_guard<std::mutex> lock(ready->mutex);
-        if (!ready->arenas.empty()) {
-            arena = std::move(ready->arenas.back());
-            ready->arenas.pop_back();
+        std::lock_guard<std::mutex> lock(ready.mutex);
+        if (!ready.arenas.empty()) {
+            arena = std::move(ready.arenas.back());
+            ready.arenas.pop_back();
         }
     }
     if (arena.data() == nullptr) arena = Memory(plan.arena_bytes);
@@ -105,8 +209,7 @@ std::vector<Tensor> Engine::run(const std::vector<Input>& inputs, std::vector<Sp
     Frame frame(bases, pool_, kernels_);
     for (std::size_t i = 0; i < inputs.size(); ++i) {
         const Fact& fact = plan.inputs[i];
-        if (fact.constant) continue;
-        copy(pool_, fact, static_cast<const std::byte*>(inputs[i].data), fact, frame.bytes(fact));
+        if (!fact.constant) copy(pool_, fact, inputs[i], fact, frame.bytes(fact));
     }
     for (const Step& step : plan.steps) {
         const double begin = spent ? now() : 0;
@@ -120,16 +223,13 @@ std::vector<Tensor> Engine::run(const std::vector<Input>& inputs, std::vector<Sp
             spent->push_back({node.name, node.op, step.what, now() - begin, step.flops, step.bytes});
         }
     }
-    std::vector<Tensor> outputs;
-    for (const Fact& fact : plan.outputs) {
-        Tensor made(fact.type, fact.dims);
+    for (std::size_t i = 0; i < outputs.size(); ++i) {
+        const Fact& fact = plan.outputs[i];
         const Fact to{fact.type, fact.dims, row_major(fact.dims), 0, -1, false};
-        copy(pool_, fact, frame.bytes(fact), to, made.bytes());
-        outputs.push_back(std::move(made));
+        copy(pool_, fact, frame.bytes(fact), to, outputs[i]);
     }
-    std::lock_guard<std::mutex> lock(ready->mutex);
-    if (ready->arenas.size() < kept_arenas) ready->arenas.push_back(std::move(arena));
-    return outputs;
+    std::lock_guard<std::mutex> lock(ready.mutex);
+    if (ready.arenas.size() < kept_arenas) ready.arenas.push_back(std::move(arena));
 }
 
 }  // namespace featherweight

@@ -66,9 +66,12 @@ private:
         Plan plan;
         std::mutex mutex;
         std::vector<Memory> arenas;  // that no run is using
+        std::shared_ptr<Ready> one;  // of a single image, where a batch is run faster image by image
     };
 
     std::shared_ptr<Ready> ready(const std::vector<Input>& inputs);
+    std::shared_ptr<Ready> one_by_one(const std::vector<Input>& inputs, Ready& whole);
+    void run(Ready& ready, const std::vector<const std::byte*>& inputs, const std::vector<std::byte*>& outputs, std::vector<Spent>* spent);
     void check(const std::vector<Input>& inputs) const;
 
     Graph graph_;

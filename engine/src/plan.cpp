@@ -4,6 +4,8 @@
 #include <algorithm>
 #include <numeric>
 
+#include "images.hpp"
+
 namespace featherweight {
 
 namespace {
@@ -265,6 +267,13 @@ std::size_t place(std::vector<Buffer>& buffers) {
     return least;
 }
 
+// The length of the inputs' first axes, where that is more than one and the same for all.
+std::optional<std::int64_t> batch_of(const std::vector<Fact>& inputs) {
+    for (const Fact& fact : inputs)
+        if (fact.constant || fact.rank() == 0 || fact.dims[0] < 2 || fact.dims[0] != inputs[0].dims[0]) return std::nullopt;
+    return inputs.empty() ? std::nullopt : std::optional(inputs[0].dims[0]);
+}
+
 }  // namespace
 
 Plan make_plan(const Graph& graph, const std::vector<Fact>& inputs, const std::vector<std::optional<Tensor>>& known, const Kernels& kernels,
@@ -285,6 +294,11 @@ Plan make_plan(const Graph& graph, const std::vector<Fact>& inputs, const std::v
         buffer.period = period_of(fact.type, fact.dims, {}, pool.threads());
         state.facts[graph.inputs[i]] = fact;
         state.plan.inputs.push_back(fact);
+    }
+    std::optional<Images> images;
+    if (const auto batch = batch_of(state.plan.inputs)) {
+        images.emplace(values, *batch);
+        for (int input : graph.inputs) images->hold(input);
     }
     for (std::size_t i = 0; i < graph.nodes.size(); ++i) {
         const Node& node = graph.nodes[i];
@@ -311,6 +325,7 @@ Plan make_plan(const Graph& graph, const std::vector<Fact>& inputs, const std::v
                 for (int output : node.outputs)
                     if (output >= 0) state.facts[output]->constant = true;
             }
+            if (images && !images->follow(planner, state.fixed)) images.reset();
         } catch (const Unsupported& refusal) {
             throw Unsupported(node.describe() + ": " + refusal.what(), static_cast<int>(i), graph.made_by(node));
         } catch (const Error& error) {
@@ -325,6 +340,7 @@ Plan make_plan(const Graph& graph, const std::vector<Fact>& inputs, const std::v
         buffer.last = end;
         state.plan.outputs.push_back(fact);
     }
+    state.plan.by_image = images && std::all_of(graph.outputs.begin(), graph.outputs.end(), [&](int output) { return images->held(output); });
     state.plan.arena_bytes = place(state.plan.buffers);
     return std::move(state.plan);
 }

@@ -70,6 +70,7 @@ struct Plan {
     std::vector<Fact> inputs;   // where the graph's inputs are to be put: row-major
     std::vector<Fact> outputs;  // where its outputs are found: views of any strides
     std::size_t arena_bytes = 0;
+    bool by_image = false;      // the batch's images do not meet, see images.hpp
 };
 
 // What was found by measuring, by what it was asked of: texts, so that they can be kept for the next time the model is loaded.

@@ -156,8 +156,10 @@ def test_what_was_measured_is_kept_and_followed(tmp_path: Path, monkeypatch: pyt
     expected = first.run(x)["y"]
     [(place, found)] = json.loads(cache.read_text()).items()
     assert len(found) == 2 and f"featherweight-engine {importlib.metadata.version('featherweight-engine')}" in place
-    first.run({"x": normal(3, 64, 12, 12)})  # another shape, other decisions, in the same file
-    assert len(json.loads(cache.read_text())[place]) == 4
+    first.run(
+        {"x": normal(3, 64, 12, 12)}
+    )  # another shape, other decisions, in the same file: one more is for the batch
+    assert len(json.loads(cache.read_text())[place]) == 5
     assert [each.name for each in cache.parent.iterdir()] == ["decisions.json"]
 
     # What the file says is done, be it slower; what it does not say is measured and added.
@@ -171,7 +173,7 @@ def test_what_was_measured_is_kept_and_followed(tmp_path: Path, monkeypatch: pyt
     assert json.loads(cache.read_text()) == {place: found | {key: other}, "another": {"some": "thing"}}
     second.run({"x": normal(2, 64, 12, 12)})
     after = json.loads(cache.read_text())
-    assert after["another"] == {"some": "thing"} and after[place][key] == other and len(after[place]) == 4
+    assert after["another"] == {"some": "thing"} and after[place][key] == other and len(after[place]) == 5
 
 
 @pytest.mark.parametrize("text", ["{", "[1]", '{"here": {"key": 3}}', '{"here": "there"}'])
