@@ -65,10 +65,7 @@ bool Images::follow(const Planner& planner, const std::vector<bool>& fixed) {
             if (planner.has(i) && !shared(value(i))) return false;
         return true;
     };
-    const auto axis = [&](std::int64_t given, int input = 0) {
-        const int in = planner.in(input).rank();
-        return given < 0 ? given + in : given;
-    };
+    const auto axis = [&](std::int64_t given) { return given < 0 ? given + planner.in(0).rank() : given; };
     const auto rule = [&] {
         const std::string& op = node.op;
         if (!node.domain.empty()) return false;

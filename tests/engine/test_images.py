@@ -48,6 +48,14 @@ def in_both_ways(made: onnx.ModelProto, inputs: Mapping[str, Any], tolerance: fl
         )
 
 
+def together(made: onnx.ModelProto, x: NDArray[np.float32]) -> None:
+    """Images cannot go one by one, and the answer is ONNX Runtime's."""
+    assert decided(made, {"x": x}) == ""
+    engine = core.Engine(made.SerializeToString(), threads=2)
+    for found, expected in zip(engine.run([x]), onnxruntime(made, {"x": x}).values(), strict=True):
+        np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-5)
+
+
 X = normal(BATCH, 4, 6, 5)
 SQUARE = normal(BATCH, BATCH, 6, 5)  # as many channels as images
 CONSTANTS = {
@@ -147,10 +155,7 @@ def test_images_that_do_not_meet_may_go_one_by_one(nodes: list[onnx.NodeProto]) 
 def test_images_that_meet_stay_together(name: str) -> None:
     outputs = ["y", "z"] if name == "another output" else ["y"]
     made = model(TOGETHER[name], {"x": X}, outputs, CONSTANTS | MORE)
-    assert decided(made, {"x": X}) == ""
-    engine = core.Engine(made.SerializeToString(), threads=2)
-    for found, expected in zip(engine.run([X]), onnxruntime(made, {"x": X}).values(), strict=True):
-        np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-5)
+    together(made, X)
 
 
 # Of a single image these have the right shape, and the wrong numbers.
@@ -204,9 +209,7 @@ def test_what_has_the_right_shape_may_still_meet(nodes: list[onnx.NodeProto]) ->
         "k": normal(1, BATCH, 1, 1),
     }
     made = model(nodes, {"x": SQUARE}, ["y"], more)
-    assert decided(made, {"x": SQUARE}) == ""
-    (found,) = core.Engine(made.SerializeToString(), threads=2).run([SQUARE])
-    np.testing.assert_allclose(found, onnxruntime(made, {"x": SQUARE})["y"], rtol=1e-5, atol=1e-5)
+    together(made, SQUARE)
 
 
 def test_an_axis_that_is_as_long_as_the_batch_is_none() -> None:
