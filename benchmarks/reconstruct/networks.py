@@ -145,6 +145,7 @@ def compressed(subject: Subject, calibration: list[Any], method: fw.Reconstruct)
         "solver_seconds": round(sum(layer["seconds"] for layer in layers), 1),
         "zeros": sum(int((p == 0).sum()) for p in weights) / sum(p.numel() for p in weights),
         "layers": len(layers),
+        "layer_errors": {layer["name"]: float(f"{layer['error']:.4g}") for layer in layers},
         "texts": [event["text"] for event in events if event["kind"] == "message"],
     }
 

@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`python -m benchmarks.reconstruct.solvers EXPERIMENT`: prints a table, and writes results/EXPERIMENT.json.
+"""`python -m benchmarks.reconstruct.solvers EXPERIMENT`: solvers on single layers; prints a table.
 
 pruning, quantization, joint: the error ||(W - V) X||² / ||W X||² of solvers on layers, on the samples that they were solved
 on and on others, and the seconds that they took. `best` is the whole search, baselines included. Layers are of a small
-network on digits and synthetic, or with `--network` of a real one, those with rows d³ up to 1e13.
+network on digits and synthetic, or with `--network` of a real one, those with rows d³ up to 1e13. Each is a line of
+results/EXPERIMENT.jsonl, written as it ends: what is there is not solved again. The others write results/EXPERIMENT.json:
 speed: ExactOBS against the reference's form, a loop of in-place rank-1 updates. cost: seconds and bytes against rows and d.
 """
 
@@ -17,7 +18,7 @@ import os
 import statistics
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +28,7 @@ from torch import Tensor
 
 from benchmarks.pages import table
 from benchmarks.reconstruct.layers import Layer, digits_layers, network_layers, synthetic_layer
-from benchmarks.results import Row
+from benchmarks.results import Row, add, read
 from featherweight.grids import GridSpec
 from featherweight.solvers import (
     PRUNERS,
@@ -42,12 +43,14 @@ from featherweight.solvers import (
 )
 
 RESULTS = Path(__file__).parent / "results"
-SPARSITIES = (0.5, 0.7, 0.8, 0.9)
+SPARSE: list[tuple[str, float | None]] = [("weight", sparsity) for sparsity in (0.5, 0.7, 0.8, 0.9)]
+SMALL = "digits network and synthetic layers"
+Run = tuple[str, str, Callable[[], Any]]  # case, solver, what solves
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.reconstruct.solvers", description=__doc__)
-    parser.add_argument("experiment", choices=[*EXPERIMENTS])
+    parser.add_argument("experiment", choices=[*LAYERS, *WHOLE])
     parser.add_argument("--network", help="a subject's name: its layers instead of the small ones")
     parser.add_argument("--layers", nargs="*", default=["*"], metavar="GLOB", help="of the network's weights, by name")
     parser.add_argument("--solvers", nargs="*", metavar="NAME", help="default: all that there are, and best")
@@ -60,65 +63,68 @@ def main() -> None:
     parser.add_argument("--results", type=Path, default=RESULTS)
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
+    if options.experiment in LAYERS:
+        layers(options)
+    else:
+        whole(options)
+
+
+def whole(options: argparse.Namespace) -> None:
+    """speed and cost: one run, one file."""
     start = time.perf_counter()
-    found = EXPERIMENTS[options.experiment](options)
+    found = WHOLE[options.experiment](options)
     facts = {
         "command": f"python -m benchmarks.reconstruct.solvers {options.experiment}",
-        "network": options.network,
-        "layers": options.layers,
         "threads": options.threads,
         "load_average": round(os.getloadavg()[0], 2),
         "seconds": round(time.perf_counter() - start, 1),
     }
     options.results.mkdir(parents=True, exist_ok=True)
-    path = options.results / f"{'_'.join(filter(None, (options.experiment, options.network)))}.json"
+    path = options.results / f"{options.experiment}.json"
     path.write_text(json.dumps({"facts": facts, "results": found}, indent=1))
     print(path)
 
 
-def pruning(options: argparse.Namespace) -> list[Row]:
-    """Pruners at every sparsity and pattern, against exact_obs."""
-    sparsities: list[tuple[str, float | None]] = [("weight", sparsity) for sparsity in SPARSITIES]
-    cases = [*sparsities, ("2:4", None), ("4:8", None), ("1:4", None), ("1x4", 0.5), ("1x4", 0.8)]
-    found = []
+def layers(options: argparse.Namespace) -> None:
+    """pruning, quantization and joint: a row a layer, case and solver."""
+    path = options.results / f"{options.experiment}.jsonl"
+    runs, base, claimed = LAYERS[options.experiment]
+    done = {(row["layer"], row["case"], row["solver"]) for row in read(path)}
     for layer in _layers(options):
-        for pattern, sparsity in _wanted(cases, lambda case: _case(*case), options.cases):
-            solve = functools.partial(prune, layer.W, layer.H, pattern, sparsity, run=layer.run)
-            for name in options.solvers or [*PRUNERS, "best"]:
-                if pattern != "1x4" or name == "best" or PRUNERS[name].tiles:
-                    found.append(
-                        _measured(layer, _case(pattern, sparsity), name, functools.partial(solve, solver=name))
-                    )
-    _table(found, "exact_obs")
-    _claim(found, "exact_obs", [_case(*case) for case in sparsities])
-    return found
+        for case, solver, solve in runs(layer, options):
+            if (layer.name, case, solver) not in done and (options.cases is None or case in options.cases):
+                row = {"network": options.network or SMALL, **_measured(layer, case, solver, solve)}
+                add(path, row | {"threads": options.threads, "load_average": round(os.getloadavg()[0], 2)})
+        print(layer.name, flush=True)
+    found = [row for row in read(path) if row["network"] == (options.network or SMALL)]
+    _table(found, base)
+    _claim(found, base, claimed)
 
 
-def quantization(options: argparse.Namespace) -> list[Row]:
+def pruning(layer: Layer, options: argparse.Namespace) -> Iterator[Run]:
+    """Pruners at every sparsity and pattern, against exact_obs."""
+    for pattern, sparsity in [*SPARSE, ("2:4", None), ("4:8", None), ("1:4", None), ("1x4", 0.5), ("1x4", 0.8)]:
+        solve = functools.partial(prune, layer.W, layer.H, pattern, sparsity, run=layer.run)
+        for name in options.solvers or [*PRUNERS, "best"]:
+            if pattern != "1x4" or name == "best" or PRUNERS[name].tiles:
+                yield _case(pattern, sparsity), name, functools.partial(solve, solver=name)
+
+
+def quantization(layer: Layer, options: argparse.Namespace) -> Iterator[Run]:
     """Quantizers at 2, 3 and 4 bits, against obq, on asymmetric per-channel grids, a symmetric one and chunks of 32."""
     specs = {f"{bits} bit": GridSpec(bits) for bits in (2, 3, 4)}
     specs |= {"3 bit symmetric": GridSpec(3, symmetric=True), "3 bit chunks of 32": GridSpec(3, chunk=32)}
-    found = []
-    for layer in _layers(options):
-        for case in _wanted(specs, str, options.cases):
-            solve = functools.partial(quantize, layer.W, layer.H, specs[case])
-            for name in options.solvers or [*QUANTIZERS, "best"]:
-                found.append(_measured(layer, case, name, functools.partial(solve, solver=name)))
-    _table(found, "obq")
-    _claim(found, "obq", ["2 bit", "3 bit"])
-    return found
+    for case, spec in specs.items():
+        for name in options.solvers or [*QUANTIZERS, "best"]:
+            yield case, name, functools.partial(quantize, layer.W, layer.H, spec, solver=name)
 
 
-def joint(options: argparse.Namespace) -> list[Row]:
+def joint(layer: Layer, options: argparse.Namespace) -> Iterator[Run]:
     """Zeros and 4 bits together, against one after the other: ExactOBS and OBQ with and without refit between them."""
     cases: list[tuple[str, float | None]] = [("2:4", None), ("weight", 0.5), ("weight", 0.8), ("1x4", 0.5)]
-    found = []
-    for layer in _layers(options):
-        for case in _wanted(cases, lambda case: _case(*case), options.cases):
-            for name, way in _ways(layer, *case).items():
-                found.append(_measured(layer, f"{_case(*case)}, 4 bit", name, way))
-    _table(found, "prune, refit, obq")
-    return found
+    for case in cases:
+        for name, solve in _ways(layer, *case).items():
+            yield f"{_case(*case)}, 4 bit", name, solve
 
 
 def _ways(layer: Layer, pattern: str, sparsity: float | None) -> dict[str, Callable[[], Any]]:
@@ -278,10 +284,6 @@ def _layers(options: argparse.Namespace) -> Iterator[Layer]:
     return iter([*digits_layers(), synthetic_layer(64, 256), synthetic_layer(96, 384, seed=1)])
 
 
-def _wanted(cases: Iterable[Any], name: Callable[[Any], str], wanted: Sequence[str] | None) -> list[Any]:
-    return [case for case in cases if wanted is None or name(case) in wanted]
-
-
 def _case(pattern: str, sparsity: float | None) -> str:
     return pattern if sparsity is None else f"{pattern} {sparsity:.0%}"
 
@@ -340,7 +342,13 @@ def _claim(found: list[Row], base: str, cases: Sequence[str]) -> None:
     )
 
 
-EXPERIMENTS = {"pruning": pruning, "quantization": quantization, "joint": joint, "speed": speed, "cost": cost}
+# With what each is compared, and in which cases `best` claims to be better.
+LAYERS: dict[str, tuple[Callable[[Layer, argparse.Namespace], Iterator[Run]], str, list[str]]] = {
+    "pruning": (pruning, "exact_obs", [_case(*case) for case in SPARSE]),
+    "quantization": (quantization, "obq", ["2 bit", "3 bit"]),
+    "joint": (joint, "prune, refit, obq", []),
+}
+WHOLE: dict[str, Callable[[argparse.Namespace], list[Row]]] = {"speed": speed, "cost": cost}
 
 if __name__ == "__main__":
     main()

@@ -17,7 +17,10 @@ METHODS = {
     False: ("magnitude", "AdaPrune-like", "SparseGPT", "ExactOBS", "ours, independent", "ours"),
     True: ("nearest", "GPTQ", "OBQ", "AdaRound", "ours, independent", "ours"),
 }
-LAYER_CASES = ("weight 50%", "weight 70%", "weight 80%", "weight 90%", "2:4", "1x4 50%", "3 bit", "2 bit")
+LAYER_CASES = (
+    *("weight 50%", "weight 70%", "weight 80%", "weight 90%", "2:4", "1x4 50%", "4 bit", "3 bit", "2 bit"),
+    *("2:4, 4 bit", "weight 50%, 4 bit", "weight 80%, 4 bit", "1x4 50%, 4 bit"),
+)
 
 
 def main() -> None:
@@ -69,16 +72,15 @@ def output() -> str:
 def layers() -> str:
     """Geometric means over layers of a solver's error over ExactOBS's or OBQ's, and its seconds over theirs."""
     parts = []
-    for experiment, base in (("pruning", "exact_obs"), ("quantization", "obq")):
-        for path in sorted(RESULTS.glob(f"{experiment}*.json")):
-            found = json.loads(path.read_text())
-            rows = found["results"]
+    for experiment, base in (("pruning", "exact_obs"), ("quantization", "obq"), ("joint", "prune, refit, obq")):
+        found = last(read(RESULTS / f"{experiment}.jsonl"), "layer", "case", "solver")
+        for network in dict.fromkeys(row["network"] for row in found):
+            rows = [row for row in found if row["network"] == network]
             count = len({row["layer"] for row in rows})
-            name = found["facts"]["network"] or "digits network and synthetic layers"
             solvers = [s for s in dict.fromkeys(row["solver"] for row in rows) if s != base]
             cases = [case for case in LAYER_CASES if any(row["case"] == case for row in rows)]
             body = [[case, *(ratio(rows, case, solver, base) for solver in solvers)] for case in cases]
-            parts.append(f"**{name}**, {count} layers, error over that of `{base}` (seconds over its seconds)\n\n" + table(["", *solvers], body))  # fmt: skip
+            parts.append(f"**{network}**, {count} layers, error over that of `{base}` (seconds over its seconds)\n\n" + table(["", *solvers], body))  # fmt: skip
     return "\n\n".join(parts)
 
 
