@@ -277,6 +277,7 @@ def test_latency_is_measured_on_copies_that_are_really_cut(monkeypatch: pytest.M
         ({"until": {"macs": "50 %"}, "importance": "structured_obs"}, "PruneChannels has it"),
         ({"until": {"macs": "50 %"}, "ranking": "both"}, "ranking 'both' is none of"),
         ({"until": {"macs": "50 %"}, "per": "watt"}, "per 'watt' is none of"),
+        ({"until": {"macs": "50 %"}, "per": "macs", "ranking": "local"}, "compares no costs, and per='macs' would do"),
         ({"until": {"macs": "50 %"}, "least": -1}, "least is a count"),
         ({"until": {"macs": "50 %"}, "least": 2.5}, "neither a whole number nor a share"),
         ({"until": {"macs": "50 %"}, "multiple": 0}, "multiple must be a whole number from 1"),

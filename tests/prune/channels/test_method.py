@@ -245,6 +245,49 @@ def test_price_by_measured_latency_of_each_group() -> None:
     assert not texts(events, "unmet")
 
 
+def wide_maps_and_small_ones() -> nn.Sequential:
+    """The first convolution has 16 times the positions of the second, so that per memory its channels always go first."""
+    torch.manual_seed(0)
+    first = nn.Sequential(nn.Conv2d(3, 16, 3, padding=1), nn.BatchNorm2d(16), nn.ReLU(), nn.AvgPool2d(4))
+    second = nn.Sequential(nn.Conv2d(16, 32, 3, padding=1), nn.BatchNorm2d(32), nn.ReLU())
+    model = nn.Sequential(*first, *second, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(32, 4))
+    with torch.no_grad():
+        for norm in (model[1], model[5]):
+            norm.weight.uniform_(0.9, 1.1)
+    return model
+
+
+def widths(importance: Any, **options: Any) -> tuple[int, int]:
+    model = wide_maps_and_small_ones()
+    images = [(torch.randn(8, 3, 16, 16), torch.randint(0, 4, (8,))) for _ in range(2)]
+    task = fw.Task(
+        model, (images[0][0],), train=images, loss=lambda scores, batch: nn.functional.cross_entropy(scores, batch[1])
+    )
+    run(model, task, importance=importance, batch_norm=False, **options)
+    return model[0].out_channels, model[4].out_channels
+
+
+def sizes(group: Any, tensors: Any) -> Tensor:
+    return tensors[group.members[0].tensor].flatten(1).norm(dim=1)
+
+
+@pytest.mark.parametrize("importance", ["magnitude", "batch_norm", "activation", "geometric_median", "random", sizes])
+def test_scores_that_do_not_compare_between_layers_leave_no_layer_nearly_empty(importance: Any) -> None:
+    first, second = widths(importance)
+    assert first / 16 == pytest.approx(second / 32, abs=0.1)
+    greedy = widths(importance, ranking="greedy")
+    assert abs(greedy[0] / 16 - greedy[1] / 32) > 0.2, "this network would show it"
+    assert widths(importance, per="memory") == greedy, "a price asks for a ranking by it"
+
+
+@pytest.mark.parametrize("importance", ["cpd", "fisher", "taylor", "curvature", "heads"])
+def test_scores_of_the_loss_are_compared_between_all_layers(importance: str) -> None:
+    found, greedy, alike = (
+        widths(importance, **more) for more in ({}, {"ranking": "greedy"}, {"ranking": "isomorphic"})
+    )
+    assert found == greedy != alike
+
+
 @pytest.mark.parametrize("failing", ["cut", "decide"])
 def test_the_model_is_as_it_was_where_anything_fails(failing: str, monkeypatch: pytest.MonkeyPatch) -> None:
     model = mlp()

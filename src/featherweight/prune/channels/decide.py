@@ -54,7 +54,7 @@ class Decision:
 
 def prices_of(model: nn.Module, trace: Trace, groups: Sequence[Group], options: ChannelOptions, inputs: Any) -> Prices:
     """Counts what the model costs, and times it where a goal or a price is latency."""
-    per = "memory" if options.per == "memory_left" else options.per
+    per = "memory" if options.cost == "memory_left" else options.cost
     kinds = [kind for kind in COSTS if kind in options.until or kind == per]
     costs = {kind: cost_of(trace, kind, model) for kind in kinds}
     whole = np.array(list(trace.sizes.values()), dtype=np.float64)
@@ -87,7 +87,7 @@ def decide(
     ]
     spread = _Spread(trace, ranked_groups, gone)
     alike = [structure(group, trace) for group in ranked_groups]
-    path = ranked(ladders, options.ranking, _divide(options.per, prices, spread, ranked_groups), alike)
+    path = ranked(ladders, options.order, _divide(options.cost, prices, spread, ranked_groups), alike)
     goals = [goal.part_way(progress) for goal in prices.goals]
     counted = [goal for goal in goals if goal.kind != "latency"]
     part = path[:0]

@@ -35,7 +35,17 @@ from featherweight.graph import Group, Member
 from featherweight.prune.channels.gates import per_position, positions_of
 from featherweight.task import describe
 
-__all__ = ["IMPORTANCES", "OF_GATES", "OF_WEIGHTS", "PER_SAMPLE", "Importance", "normalized", "of_weights", "users"]
+__all__ = [
+    "IMPORTANCES",
+    "OF_GATES",
+    "OF_LOSS",
+    "OF_WEIGHTS",
+    "PER_SAMPLE",
+    "Importance",
+    "normalized",
+    "of_weights",
+    "users",
+]
 
 # A function of the user's: the group and the model's tensors by name to a score for each coupling (size,).
 Importance = Callable[[Group, Mapping[str, Tensor]], Tensor]
@@ -107,6 +117,8 @@ OF_GATES: dict[str, Callable[[Tensor], Tensor]] = {
     "michel": heads,
 }
 PER_SAMPLE = ("fisher", "heads", "michel")
+# Scores that say what the loss would lose, and compare between layers.
+OF_LOSS = (*OF_GATES, "curvature")
 IMPORTANCES = (*OF_WEIGHTS, "batch_norm", "random", *OF_GATES, "curvature", "activation", "structured_obs")
 
 

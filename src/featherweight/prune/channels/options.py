@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from featherweight.errors import OptionError, check_strings, check_whole, check_word, is_number
 from featherweight.prune.channels.choose import RANKINGS
 from featherweight.prune.channels.gates import PLACES
-from featherweight.prune.channels.importance import IMPORTANCES, Importance
+from featherweight.prune.channels.importance import IMPORTANCES, OF_LOSS, Importance
 from featherweight.prune.channels.targets import check_until
 
 __all__ = ["ChannelOptions"]
@@ -27,11 +27,13 @@ class ChannelOptions:
       them, where there are several. Met within 2 %, or reported.
     - importance: see `IMPORTANCES`, or a function `(group, tensors) -> scores` of a group and the model's tensors by
       name, a score for each coupling. The lowest go first.
-    - per: what a score is divided by: the memory, macs, parameters or bytes that the cut frees, `memory_left` (what its
-      layers still take), measured `latency` of each group, or none.
+    - per: what a greedy or global ranking divides a score by: the memory (if nothing is said), macs, parameters or
+      bytes that the cut frees, `memory_left` (what its layers still take), measured `latency` of each group, or none.
     - normalize: divides a group's scores by their mean or L2 norm first; `heads` does so by itself.
     - ranking: greedy (costs counted anew after every removal), global, local (the same share of each group) or
-      isomorphic (unlike structures lose the same share).
+      isomorphic (unlike structures lose the same share). If nothing is said, greedy where scores say what the loss would
+      lose (`OF_LOSS`) or `per` is given, and isomorphic elsewhere: sizes of weights, say, do not compare between unlike
+      layers, and greedily the layers that cost most would lose nearly all.
     - grain: heads (whole attention heads) or dims (positions within heads too).
     - layers, keep, freeze: globs of layers whose outputs may be cut; whose outputs stay; that are not touched at all.
     - least: how many couplings of a group stay at least (below 1 a share), or `{glob: least}`.
@@ -43,9 +45,9 @@ class ChannelOptions:
 
     until: Mapping[str, str | int | float] = dataclasses.field(kw_only=False)
     importance: str | Importance = "cpd"
-    per: str = "memory"
+    per: str | None = None
     normalize: str | None = None
-    ranking: str = "greedy"
+    ranking: str | None = None
     grain: str = "heads"
     layers: Sequence[str] = ("*",)
     keep: Sequence[str] = ()
@@ -63,10 +65,17 @@ class ChannelOptions:
             object.__setattr__(self, name, check_strings(me, name, getattr(self, name)))
         if not callable(self.importance):
             check_word(me, "importance", self.importance, IMPORTANCES)
-        check_word(me, "per", self.per, PER)
+        if self.per is not None:
+            check_word(me, "per", self.per, PER)
         if self.normalize is not None:
             check_word(me, "normalize", self.normalize, NORMALIZE)
-        check_word(me, "ranking", self.ranking, RANKINGS)
+        if self.ranking is not None:
+            check_word(me, "ranking", self.ranking, RANKINGS)
+        if self.per is not None and self.ranking in ("local", "isomorphic"):
+            raise OptionError(
+                f"{me}: ranking={self.ranking!r} compares no costs, and per={self.per!r} would do nothing: leave one out, or "
+                "ranking='greedy'."
+            )
         check_word(me, "grain", self.grain, ("heads", "dims"))
         check_word(me, "gates", self.gates, PLACES)
         check_whole(me, "multiple", self.multiple, least=1)
@@ -77,6 +86,18 @@ class ChannelOptions:
                 raise OptionError(f"{me}: {name} is a count (16) or a share below 1 (0.25) that stays; got {least!r}.")
             if least >= 1 and least != int(least):
                 raise OptionError(f"{me}: {name}={least!r} is neither a whole number nor a share below 1.")
+
+    @property
+    def order(self) -> str:
+        """The ranking: as told, else as scores of this importance can be compared."""
+        if self.ranking is not None:
+            return self.ranking
+        return "greedy" if self.importance in OF_LOSS or self.per is not None else "isomorphic"
+
+    @property
+    def cost(self) -> str:
+        """What scores are divided by, where the ranking divides them."""
+        return "memory" if self.per is None else self.per
 
     @property
     def scaling(self) -> str:
