@@ -78,7 +78,7 @@ def _pretrained(options: argparse.Namespace) -> None:
     for name in options.subjects:
         for way in WAYS:
             if options.only in way and (name, way) not in there:
-                row = measure(name, way)
+                row = measure(name, way, options.nncodec)
                 _add(path, row)
                 print(f"{name}, {way}: {_size(row)}, {row['metric']} {row['dense']:.4f} -> {row['compressed']:.4f}, {row['seconds']} s", flush=True)  # fmt: skip
 

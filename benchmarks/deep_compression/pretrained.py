@@ -10,14 +10,14 @@ from __future__ import annotations
 import copy
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 import featherweight as fw
-from benchmarks.deep_compression.sizes import sizes
-from benchmarks.reconstruct.subjects import SUBJECTS
-from benchmarks.reconstruct.subjects.subject import difference
+from benchmarks.deep_compression.sizes import nncodec, sizes
+from benchmarks.reconstruct.subjects import SUBJECTS, Subject, difference
 
 # How many zeros each network bears after training, and how much work the solvers may take (1e9 multiply-adds a layer).
 SPARSITY = {"crepe_tiny": 0.5, "crepe_full": 0.7, "minilm": 0.4}
@@ -34,8 +34,11 @@ WAYS: dict[str, Way] = {
 }
 
 
-def measure(name: str, way: str) -> dict[str, Any]:
-    """One row of the results: the metric before and after with the interval of their difference, and all sizes."""
+def measure(name: str, way: str, python: Path | None = None) -> dict[str, Any]:
+    """One row of the results: the metric before and after with the interval of their difference, and all sizes.
+
+    With an interpreter that has nncodec, its bytes as well: of these weights and of the dense ones, at no lower a metric.
+    """
     subject = SUBJECTS[name]()
     task = subject.task()
     model, plan = copy.deepcopy(subject.model), fw.Plan()
@@ -46,6 +49,10 @@ def measure(name: str, way: str) -> dict[str, Any]:
     model.eval()
     before, after = subject.per_sample(subject.model), subject.per_sample(model)
     change = difference(subject, before, after)
+    coded = {}
+    if python is not None:
+        for key, given in (("nncodec", model), ("nncodec_of_dense", subject.model)):
+            coded[key] = nncodec(python, given, _judge(subject), subject.summary(after), halving=True)
     return {
         "subject": name,
         "title": subject.name,
@@ -56,8 +63,20 @@ def measure(name: str, way: str) -> dict[str, Any]:
         **change,
         "zeros": _zeros(model),
         "sizes": sizes(model, plan),
+        **coded,
         "seconds": round(seconds, 1),
     }
+
+
+def _judge(subject: Subject) -> Callable[[dict[str, Tensor]], float]:
+    """The metric of the network with other values of its tensors."""
+
+    def judged(tensors: dict[str, Tensor]) -> float:
+        other = copy.deepcopy(subject.model)
+        other.load_state_dict(tensors, strict=False)
+        return subject.evaluate(other)
+
+    return judged
 
 
 def _zeros(model: nn.Module) -> float:

@@ -51,23 +51,34 @@ def _zstd(data: bytes) -> int | None:
 
 
 def nncodec(
-    python: Path, model: nn.Module, judge: Callable[[dict[str, Tensor]], float], least: float
+    python: Path, model: nn.Module, judge: Callable[[dict[str, Tensor]], float], least: float, halving: bool = False
 ) -> dict[str, Any]:
     """nncodec's smallest bitstream of the model's tensors whose decoded values `judge` rates `least` or better.
 
-    `python` is an interpreter that has nncodec. It quantizes by itself: its parameter is searched, coarsest last.
+    `python` is an interpreter that has nncodec. It quantizes by itself: its parameter is searched, coarsest last; by
+    halving where trying all would take too long. It gets the tensors of floating point, and no others are counted.
     """
-    tensors = {name: tensor.detach().numpy() for name, tensor in model.state_dict().items()}
+    tensors = {name: t.detach().numpy() for name, t in model.state_dict().items() if t.is_floating_point()}
+    tried: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory() as place:
         folder = Path(place)
         np.savez(folder / "tensors.npz", **tensors)
-        script = Path(__file__).with_name("nncodec_side.py")
-        command = [str(python), str(script), str(folder / "tensors.npz"), str(folder), *map(str, QPS)]
-        said = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-        found = {int(qp): size for qp, size in json.loads(said.splitlines()[-1]).items()}
-        tried = []
-        for qp, size in found.items():
-            back = {name: torch.from_numpy(value) for name, value in np.load(folder / f"{qp}.npz").items()}
-            tried.append({"qp": qp, "bytes": size, "metric": judge(back)})
+
+        def code(*qps: int) -> None:
+            script = Path(__file__).with_name("nncodec_side.py")
+            command = [str(python), str(script), str(folder / "tensors.npz"), str(folder), *map(str, qps)]
+            said = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+            for qp, size in json.loads(said.splitlines()[-1]).items():
+                back = {name: torch.from_numpy(value) for name, value in np.load(folder / f"{qp}.npz").items()}
+                tried.append({"qp": int(qp), "bytes": size, "metric": judge(back)})
+
+        if halving:
+            low, high = 0, len(QPS)
+            while low < high:
+                middle = (low + high) // 2
+                code(QPS[middle])
+                low, high = (middle + 1, high) if tried[-1]["metric"] >= least else (low, middle)
+        else:
+            code(*QPS)
     good = [one for one in tried if one["metric"] >= least]
     return {"tried": tried, "bytes": min((one["bytes"] for one in good), default=None)}

@@ -83,7 +83,7 @@ def stages(rows: list[Row]) -> str:
 
 def pretrained(rows: list[Row]) -> str:
     body = [
-        [row["title"], row["way"], f"{100 * row['zeros']:.1f} %", f"{row['dense']:.3f}", f"{row['compressed']:.3f}", f"{100 * row['change']:+.2f} [{100 * row['low']:+.2f}, {100 * row['high']:+.2f}]", str(row["n"]), f"{row['sizes']['file']:,}", f"{row['sizes']['dense'] / row['sizes']['file']:.1f}x", f"{row['sizes']['zstd']:,}"]
+        [row["title"], row["way"], f"{100 * row['zeros']:.1f} %", f"{row['dense']:.3f}", f"{row['compressed']:.3f}", f"{100 * row['change']:+.2f} [{100 * row['low']:+.2f}, {100 * row['high']:+.2f}]", str(row["n"]), f"{row['sizes']['file']:,}", f"{row['sizes']['dense'] / row['sizes']['file']:.1f}x", f"{row['sizes']['zstd']:,}", *(_bytes(row.get(key)) for key in ("nncodec", "nncodec_of_dense"))]
         for row in rows
     ]  # fmt: skip
     head = [
@@ -97,8 +97,14 @@ def pretrained(rows: list[Row]) -> str:
         "file, bytes",
         "smaller",
         "zstd -19",
+        "nncodec, these weights",
+        "nncodec, dense weights",
     ]
     return table(head, body)
+
+
+def _bytes(coded: Row | None) -> str:
+    return f"{coded['bytes']:,}" if coded and coded["bytes"] is not None else "–"
 
 
 TABLES: dict[str, tuple[str, Callable[[list[Row]], str]]] = {
