@@ -18,7 +18,7 @@ import torch
 from benchmarks.deep_compression import tables
 from benchmarks.deep_compression.compressing import compress
 from benchmarks.deep_compression.networks import NETWORKS
-from benchmarks.deep_compression.pretrained import SPARSITY, WAYS, measure
+from benchmarks.deep_compression.pretrained import SPARSITY, measure, recipes
 from benchmarks.deep_compression.settings import SETTINGS
 from benchmarks.deep_compression.training import dense
 from benchmarks.pages import DOCS
@@ -76,7 +76,7 @@ def _pretrained(options: argparse.Namespace) -> None:
     path = options.results / "pretrained.jsonl"
     there = {(row["subject"], row["way"]) for row in read(path)}
     for name in options.subjects:
-        for way in WAYS:
+        for way in recipes(name):
             if options.only in way and (name, way) not in there:
                 row = measure(name, way, options.nncodec)
                 _add(path, row)

@@ -23,15 +23,28 @@ from benchmarks.reconstruct.subjects import SUBJECTS, Subject, difference
 SPARSITY = {"crepe_tiny": 0.5, "crepe_full": 0.7, "minilm": 0.4}
 WORK = {"crepe_tiny": 100.0, "crepe_full": 30.0, "minilm": 30.0}
 
-Way = Callable[[float, float], list[Any]]
-WAYS: dict[str, Way] = {
-    "pruned, 16 numbers": lambda share, work: [
-        fw.Reconstruct(share, work=work, samples=512),
-        fw.Cluster(16, start="exact", importance="hessian", rate=0.002),
-    ],
-    "pruned, 4 bits": lambda share, work: [fw.Reconstruct(share, bits=4, work=work, samples=512)],
-    "16 numbers": lambda share, work: [fw.Cluster(16, start="exact", importance="hessian")],
-}
+# Numbers that a layer's weights become. A transformer's rows differ more, and its embeddings are rounded row by row.
+NUMBERS = {"crepe_tiny": 16, "crepe_full": 16, "minilm": 32}
+RATE = {"crepe_tiny": 0.002, "crepe_full": 0.002, "minilm": 0.0}
+EMBEDDINGS = ("*embeddings*",)
+
+
+def recipes(name: str) -> dict[str, list[Any]]:
+    """The ways of a network: its stages by what they are called."""
+    share, work, numbers = SPARSITY[name], WORK[name], NUMBERS[name]
+    cluster = {"start": "exact", "importance": "hessian"}
+    rest: list[Any] = []
+    if name == "minilm":
+        cluster["keep"], rest = EMBEDDINGS, [fw.Quantize(5, layers=EMBEDDINGS)]
+    return {
+        f"pruned, {numbers} numbers": [
+            fw.Reconstruct(share, work=work, samples=512),
+            fw.Cluster(numbers, rate=RATE[name], **cluster),
+            *rest,
+        ],
+        "pruned, 4 bits": [fw.Reconstruct(share, bits=4, work=work, samples=512), *rest],
+        f"{numbers} numbers": [fw.Cluster(numbers, **cluster), *rest],
+    }
 
 
 def measure(name: str, way: str, python: Path | None = None) -> dict[str, Any]:
@@ -43,7 +56,7 @@ def measure(name: str, way: str, python: Path | None = None) -> dict[str, Any]:
     task = subject.task()
     model, plan = copy.deepcopy(subject.model), fw.Plan()
     began = time.perf_counter()
-    for method in WAYS[way](SPARSITY[name], WORK[name]):
+    for method in recipes(name)[way]:
         plan += method(model, task, fw.Stage())
     seconds = time.perf_counter() - began
     model.eval()
