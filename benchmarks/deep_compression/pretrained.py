@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Pretrained networks without training: weights pruned and reconstructed, or put on a grid, then clustered and coded.
 
-The networks, their calibration samples and their metrics are those of `benchmarks.reconstruct.subjects`. Three ways of each:
-pruned weights and a codebook; pruned weights on a grid, both decided together; a codebook alone.
+The networks, their calibration samples and their metrics are those of `benchmarks.reconstruct.subjects`. Four ways of each:
+pruned weights and a codebook; pruned weights on a grid, both decided together; a codebook alone; a grid alone.
 """
 
 from __future__ import annotations
@@ -44,6 +44,7 @@ def recipes(name: str) -> dict[str, list[Any]]:
         ],
         "pruned, 4 bits": [fw.Reconstruct(share, bits=4, work=work, samples=512), *rest],
         f"{numbers} numbers": [fw.Cluster(numbers, **cluster), *rest],
+        "4 bits": [fw.Reconstruct(bits=4, symmetric=True, solver="gptq", samples=512), *rest],
     }
 
 
