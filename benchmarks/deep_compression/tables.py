@@ -97,8 +97,8 @@ def pretrained(rows: list[Row]) -> str:
         "file, bytes",
         "smaller",
         "zstd -19",
-        "nncodec, these weights",
-        "nncodec, dense weights",
+        "nncodec, from these",
+        "nncodec, from dense",
     ]
     return table(head, body)
 
