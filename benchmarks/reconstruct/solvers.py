@@ -44,6 +44,7 @@ from featherweight.solvers import (
 
 RESULTS = Path(__file__).parent / "results"
 SPARSE: list[tuple[str, float | None]] = [("weight", sparsity) for sparsity in (0.5, 0.7, 0.8, 0.9)]
+NOTHING = 1e-12  # of ||W X||²
 SMALL = "digits network and synthetic layers"
 Run = tuple[str, str, Callable[[], Any]]  # case, solver, what solves
 
@@ -301,9 +302,14 @@ def _measured(layer: Layer, case: str, solver: str, solve: Callable[[], Any]) ->
 
 
 def _ratios(found: list[Row], base: str, solver: str, cases: Sequence[str]) -> tuple[float, float, float]:
-    """Geometric means of error and held-out error over the base's, and seconds over the base's, each summed over all."""
+    """Geometric means of error and held-out error over the base's, and seconds over the base's, each summed over all.
+
+    A layer of which the base loses nothing (inputs that are always zero, say) has no ratio, and is left out.
+    """
     of = {name: {(r["layer"], r["case"]): r for r in found if r["solver"] == name} for name in (base, solver)}
-    shared = [key for key in of[solver] if key in of[base] and key[1] in cases]
+    shared = [
+        key for key in of[solver] if key in of[base] and key[1] in cases and comparable(of[base][key], of[solver][key])
+    ]
     if not shared:
         return math.nan, math.nan, math.nan
     error, held_out = (
@@ -312,6 +318,11 @@ def _ratios(found: list[Row], base: str, solver: str, cases: Sequence[str]) -> t
     )
     seconds = [sum(of[name][key]["seconds"] for key in shared) for name in (solver, base)]
     return error, held_out, seconds[0] / seconds[1]
+
+
+def comparable(*rows: Row) -> bool:
+    """Whether errors are above what rounding alone makes of none."""
+    return all(min(row["error"], row["held_out"]) > NOTHING for row in rows)
 
 
 def _table(found: list[Row], base: str) -> None:

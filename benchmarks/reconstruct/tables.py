@@ -10,6 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from benchmarks.pages import DOCS, put, table
+from benchmarks.reconstruct.solvers import comparable
 from benchmarks.results import Row, last, read
 
 RESULTS = Path(__file__).parent / "results"
@@ -86,7 +87,11 @@ def layers() -> str:
 
 def ratio(rows: list[Row], case: str, solver: str, base: str) -> str:
     of = {(row["solver"], row["layer"]): row for row in rows if row["case"] == case}
-    shared = [layer for name, layer in of if name == solver and (base, layer) in of]
+    shared = [
+        layer
+        for name, layer in of
+        if name == solver and (base, layer) in of and comparable(of[solver, layer], of[base, layer])
+    ]
     if not shared:
         return ""
     error = math.exp(statistics.fmean(math.log(of[solver, one]["error"] / of[base, one]["error"]) for one in shared))
