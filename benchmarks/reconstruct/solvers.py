@@ -301,7 +301,7 @@ def _measured(layer: Layer, case: str, solver: str, solve: Callable[[], Any]) ->
     return row | {"error": error, "held_out": held_out, "seconds": round(seconds, 4)}
 
 
-def _ratios(found: list[Row], base: str, solver: str, cases: Sequence[str]) -> tuple[float, float, float]:
+def ratios(found: list[Row], base: str, solver: str, cases: Sequence[str]) -> tuple[float, float, float]:
     """Geometric means of error and held-out error over the base's, and seconds over the base's, each summed over all.
 
     A layer of which the base loses nothing (inputs that are always zero, say) has no ratio, and is left out.
@@ -326,12 +326,12 @@ def comparable(*rows: Row) -> bool:
 
 
 def _table(found: list[Row], base: str) -> None:
-    """For each case and solver what `_ratios` gives."""
+    """For each case and solver what `ratios` gives."""
     cases, solvers = (list(dict.fromkeys(row[key] for row in found)) for key in ("case", "solver"))
     layers = len({row["layer"] for row in found})
     print(f"over {base}'s, {layers} layers: error (geometric mean), held-out error (geometric mean), seconds (total)")
     rows = [
-        [case, *(" ".join(f"{ratio:.3f}" for ratio in _ratios(found, base, solver, [case])) for solver in solvers)]
+        [case, *(" ".join(f"{ratio:.3f}" for ratio in ratios(found, base, solver, [case])) for solver in solvers)]
         for case in cases
     ]
     print(table(["case", *solvers], rows), flush=True)
@@ -339,11 +339,11 @@ def _table(found: list[Row], base: str) -> None:
 
 def _claim(found: list[Row], base: str, cases: Sequence[str]) -> None:
     """`best` against the base, over all layers and these cases, and how many layers are better and faster."""
-    error, held_out, seconds = _ratios(found, base, "best", cases)
+    error, held_out, seconds = ratios(found, base, "best", cases)
     if math.isnan(error):
         return
     own = {
-        row["layer"]: _ratios([one for one in found if one["layer"] == row["layer"]], base, "best", cases)
+        row["layer"]: ratios([one for one in found if one["layer"] == row["layer"]], base, "best", cases)
         for row in found
     }
     faster, better = (sum(ratio[i] <= most for ratio in own.values()) for i, most in ((2, 1.0), (0, 0.97)))
