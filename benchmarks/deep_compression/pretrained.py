@@ -8,7 +8,6 @@ pruned weights and a codebook; pruned weights on a grid, both decided together; 
 from __future__ import annotations
 
 import copy
-import functools
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -18,7 +17,7 @@ from torch import Tensor, nn
 
 import featherweight as fw
 from benchmarks.deep_compression.sizes import nncodec, sizes
-from benchmarks.reconstruct.subjects import SUBJECTS, Subject, difference, minilm
+from benchmarks.reconstruct.subjects import SUBJECTS, Subject, difference
 
 # How many zeros each network bears after training, and how much work the solvers may take (1e9 multiply-adds a layer).
 SPARSITY = {"crepe_tiny": 0.5, "crepe_full": 0.7, "minilm": 0.25}
@@ -28,7 +27,7 @@ WORK = {"crepe_tiny": 100.0, "crepe_full": 30.0, "minilm": 30.0}
 NUMBERS = {"crepe_tiny": 16, "crepe_full": 16, "minilm": 32}
 RATE = {"crepe_tiny": 0.002, "crepe_full": 0.002, "minilm": 0.0}
 EMBEDDINGS = ("*embeddings*",)
-JUDGED = {"minilm": functools.partial(minilm.subject, pools=2)}
+LARGER: dict[str, dict[str, int]] = {"minilm": {"pools": 2}}
 
 
 def recipes(name: str) -> dict[str, list[Any]]:
@@ -55,7 +54,7 @@ def measure(name: str, way: str, python: Path | None = None) -> dict[str, Any]:
 
     With an interpreter that has nncodec, its bytes as well: of these weights and of the dense ones, at no lower a metric.
     """
-    subject = JUDGED.get(name, SUBJECTS[name])()
+    subject = SUBJECTS[name](**LARGER.get(name, {}))
     task = subject.task()
     model, plan = copy.deepcopy(subject.model), fw.Plan()
     began = time.perf_counter()

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import copy
-import functools
 import itertools
 import json
 import os
@@ -24,7 +23,7 @@ import torch
 from torch import nn
 
 import featherweight as fw
-from benchmarks.reconstruct.subjects import SUBJECTS, Subject, difference, minilm
+from benchmarks.reconstruct.subjects import SUBJECTS, Subject, difference
 from benchmarks.results import Row, add, read
 from featherweight import deploy, measure
 from featherweight.deploy import INTEGER_RUNTIMES, calibration_inputs, session
@@ -43,7 +42,7 @@ ROUNDINGS: dict[str, Recipe] = {
 }
 READINGS = ("static", "dynamic")
 # The margin of half a point is narrower than the interval of 1000 nouns.
-JUDGED = {"minilm": functools.partial(minilm.subject, pools=5)}
+LARGER: dict[str, dict[str, int]] = {"minilm": {"pools": 5}}
 
 
 def main() -> None:
@@ -82,7 +81,7 @@ def integers(options: argparse.Namespace, done: set[tuple[str, str, int]]) -> It
         wanted = [way for way in READINGS if (name, way, 8) not in done]
         if not wanted:
             continue
-        subject = JUDGED.get(name, SUBJECTS[name])()
+        subject = SUBJECTS[name](**LARGER.get(name, {}))
         dense = subject.per_sample(subject.model)
         with tempfile.TemporaryDirectory() as folder:
             whole = Path(folder) / "dense.onnx"

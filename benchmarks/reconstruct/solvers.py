@@ -304,12 +304,18 @@ def _measured(layer: Layer, case: str, solver: str, solve: Callable[[], Any]) ->
 def ratios(found: list[Row], base: str, solver: str, cases: Sequence[str]) -> tuple[float, float, float]:
     """Geometric means of error and held-out error over the base's, and seconds over the base's, each summed over all.
 
-    A layer of which the base loses nothing (inputs that are always zero, say) has no ratio, and is left out.
+    A layer of which either loses nothing but what rounding makes of it (inputs that are always zero, say) has no ratio, and
+    is left out.
     """
-    of = {name: {(r["layer"], r["case"]): r for r in found if r["solver"] == name} for name in (base, solver)}
-    shared = [
-        key for key in of[solver] if key in of[base] and key[1] in cases and comparable(of[base][key], of[solver][key])
-    ]
+    of = {
+        name: {
+            (row["layer"], row["case"]): row
+            for row in found
+            if row["solver"] == name and row["case"] in cases and min(row["error"], row["held_out"]) > NOTHING
+        }
+        for name in (base, solver)
+    }
+    shared = [key for key in of[solver] if key in of[base]]
     if not shared:
         return math.nan, math.nan, math.nan
     error, held_out = (
@@ -318,11 +324,6 @@ def ratios(found: list[Row], base: str, solver: str, cases: Sequence[str]) -> tu
     )
     seconds = [sum(of[name][key]["seconds"] for key in shared) for name in (solver, base)]
     return error, held_out, seconds[0] / seconds[1]
-
-
-def comparable(*rows: Row) -> bool:
-    """Whether errors are above what rounding alone makes of none."""
-    return all(min(row["error"], row["held_out"]) > NOTHING for row in rows)
 
 
 def _table(found: list[Row], base: str) -> None:

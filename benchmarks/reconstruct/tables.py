@@ -11,7 +11,7 @@ from pathlib import Path
 
 from benchmarks.pages import DOCS, put, table
 from benchmarks.reconstruct.networks import CASES
-from benchmarks.reconstruct.solvers import LAYERS, SMALL, comparable, ratios
+from benchmarks.reconstruct.solvers import LAYERS, SMALL, ratios
 from benchmarks.results import Row, last, read
 
 RESULTS = Path(__file__).parent / "results"
@@ -78,7 +78,7 @@ def layers() -> str:
             count = len({row["layer"] for row in rows})
             solvers = [s for s in dict.fromkeys(row["solver"] for row in rows) if s != base]
             cases = [case for case in LAYER_CASES if any(row["case"] == case for row in rows)]
-            body = [[case, *(ratio(rows, case, solver, base) for solver in solvers)] for case in cases]
+            body = [[case, *(ratio(rows, base, solver, case) for solver in solvers)] for case in cases]
             parts.append(f"**{network}**, {count} layers, error over that of `{base}` (seconds over its seconds)\n\n" + table(["", *solvers], body))  # fmt: skip
     return "\n\n".join(parts)
 
@@ -95,18 +95,9 @@ def claim(rows: list[Row], base: str, cases: list[str]) -> list[str]:
     ]
 
 
-def ratio(rows: list[Row], case: str, solver: str, base: str) -> str:
-    of = {(row["solver"], row["layer"]): row for row in rows if row["case"] == case}
-    shared = [
-        layer
-        for name, layer in of
-        if name == solver and (base, layer) in of and comparable(of[solver, layer], of[base, layer])
-    ]
-    if not shared:
-        return ""
-    error = math.exp(statistics.fmean(math.log(of[solver, one]["error"] / of[base, one]["error"]) for one in shared))
-    seconds = [sum(of[name, one]["seconds"] for one in shared) for name in (solver, base)]
-    return f"{error:.3f} ({seconds[0] / seconds[1]:.2f})"
+def ratio(rows: list[Row], base: str, solver: str, case: str) -> str:
+    error, _, seconds = ratios(rows, base, solver, [case])
+    return "" if math.isnan(error) else f"{error:.3f} ({seconds:.2f})"
 
 
 def cost() -> str:

@@ -10,7 +10,7 @@ from benchmarks.reconstruct.subjects.subject import Subject, difference
 
 __all__ = ["COSTS", "SUBJECTS", "Subject", "difference"]
 
-SUBJECTS: dict[str, Callable[[], Subject]] = {
+SUBJECTS: dict[str, Callable[..., Subject]] = {
     "crepe_tiny": crepe.tiny,
     "crepe_full": crepe.full,
     "minilm": minilm.subject,
