@@ -8,6 +8,8 @@ import copy
 import numpy as np
 import pytest
 import torch
+from torch import nn
+from torch.nn.utils import parametrizations
 
 from featherweight.edits import cut, cut_exported
 from featherweight.errors import EditError, FeatherweightError, GraphError, VerifyError
@@ -64,6 +66,30 @@ def test_what_an_eager_cut_refuses_is_cut_in_the_program_and_the_model_stays():
     )
     for name, tensor in model.state_dict().items():
         assert torch.equal(tensor, before[name])
+
+
+@pytest.mark.parametrize("norm", [parametrizations.weight_norm, parametrizations.spectral_norm, nn.utils.weight_norm])
+def test_computed_weights_are_proved_as_the_program_rounds_them(norm):
+    """In float32 and train mode, as models come: a program holds the product, not the parts that it is computed from."""
+    torch.manual_seed(0)
+
+    class Fixed(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.middle, self.last = nn.Linear(3, 12), norm(nn.Linear(12, 12)), nn.Linear(12, 2)
+
+        def forward(self, x):
+            hidden = self.middle(self.first(x).tanh())
+            return self.last(hidden.view(-1, 12).tanh())
+
+    model, inputs = Fixed(), (torch.randn(5, 3),)
+    found = trace(model, inputs)
+    answer = copy.deepcopy(model).eval()(*inputs)
+    for group in found.groups:
+        done = cut_exported(model, group[:4], inputs, trace=found)
+        assert done.verified.error < 1e-9
+        assert sum(p.numel() for p in done.program.parameters()) < found.parameters()
+    torch.testing.assert_close(copy.deepcopy(model).eval()(*inputs), answer)
 
 
 def test_a_wrong_size_in_the_program_is_found_by_the_proof(monkeypatch):

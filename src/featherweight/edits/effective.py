@@ -19,7 +19,7 @@ from torch.nn.utils.weight_norm import WeightNorm
 from featherweight.edits.find import find_module, find_tensor
 from featherweight.errors import EditError
 
-__all__ = ["behind", "find_effective", "is_computed", "put", "reshape_in_place", "value_of"]
+__all__ = ["behind", "computed_in", "find_effective", "is_computed", "put", "reshape_in_place", "value_of"]
 
 
 def find_effective(model: nn.Module, name: str) -> tuple[nn.Module, str, Tensor]:
@@ -33,6 +33,12 @@ def find_effective(model: nn.Module, name: str) -> tuple[nn.Module, str, Tensor]
 
 def is_computed(module: nn.Module | None, leaf: str) -> bool:
     return module is not None and (parametrize.is_parametrized(module, leaf) or _weight_norm(module, leaf) is not None)
+
+
+def computed_in(module: nn.Module) -> list[str]:
+    """The names of all tensors that this module computes."""
+    lists: Any = module.parametrizations if parametrize.is_parametrized(module) else ()
+    return [*lists, *(hook.name for hook in module._forward_pre_hooks.values() if isinstance(hook, WeightNorm))]
 
 
 def behind(module: nn.Module, leaf: str) -> list[Tensor]:

@@ -13,8 +13,10 @@ from dataclasses import dataclass
 import numpy as np
 from torch import nn
 
+from featherweight.edits.effective import computed_in, is_computed, value_of
 from featherweight.edits.exact import double
 from featherweight.edits.verify import Inputs, Oracle, Verified
+from featherweight.edits.zeroed import make_plain
 from featherweight.errors import EditError
 from featherweight.graph import Coupling, Program, Trace, rewrite
 from featherweight.graph import trace as comb
@@ -96,7 +98,19 @@ def _proved(
         )
         for (tensor, axis), positions in gone.items()
     ]
-    proof = Oracle(double(model), slices, inputs, 0, read).prove(double(program), 1e-9)
+    proof = Oracle(_as_held(model), slices, inputs, 0, read).prove(double(program), 1e-9)
     return Verified(
         proof.error, proof.output, 1e-9, proof.held, (), (proof.part,), ("proved on the model's own weights",)
     )
+
+
+def _as_held(model: nn.Module) -> nn.Module:
+    """In float64, with the values that the program has: what a module computes from other tensors is rounded there."""
+    twin = double(model)
+    for own, other in list(zip(model.modules(), twin.modules(), strict=True)):
+        for leaf, value in {leaf: value_of(own, leaf) for leaf in computed_in(own)}.items():
+            if is_computed(other, leaf):
+                make_plain(other, leaf)
+            tensor = getattr(other, leaf)
+            tensor.data = value.to(tensor.dtype)
+    return twin

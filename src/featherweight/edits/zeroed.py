@@ -59,7 +59,7 @@ def prepare(model: nn.Module, edits: Iterable[Edit], read: Collection[tuple[str,
             module, leaf, _ = find_effective(model, edit.tensor)
             if is_computed(module, leaf):
                 computed.add(edit.tensor)
-                _make_plain(module, leaf)
+                make_plain(module, leaf)
             module, leaf, tensor = find_effective(model, edit.tensor)
             key = (id(tensor), edit.axis)
             kept = lost[key].kept if key in lost else torch.arange(tensor.shape[edit.axis], device=tensor.device)
@@ -102,7 +102,7 @@ def zeros(chosen: Iterable[Lost]) -> Iterator[None]:
             tensor.data = data
 
 
-def _make_plain(module: nn.Module, leaf: str) -> None:
+def make_plain(module: nn.Module, leaf: str) -> None:
     """In place of torch's own `remove_parametrizations`, which edits the class that all copies of a module share."""
     if not parametrize.is_parametrized(module, leaf):
         value = value_of(module, leaf)
