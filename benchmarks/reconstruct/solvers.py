@@ -11,7 +11,9 @@ speed: ExactOBS against the reference's form, a loop of in-place rank-1 updates.
 from __future__ import annotations
 
 import argparse
+import ctypes
 import functools
+import gc
 import json
 import math
 import os
@@ -192,14 +194,16 @@ def _over(some: list[float], others: list[float]) -> float:
 
 
 def cost(options: argparse.Namespace) -> list[Row]:
-    """Seconds and peak bytes of solvers on synthetic layers, and exponents of seconds ~ rows^a d^b where they exceed 0.5 s."""
+    """Seconds and peak bytes of solvers on synthetic layers, and exponents of both ~ rows^a d^b where it takes over 0.5 s."""
     solvers: dict[str, Callable[[Layer], Any]] = {
         **{name: functools.partial(_prune_half, name) for name in ("exact_obs", "admm", "best")},
         **{f"{name}, 3 bit": functools.partial(_quantize_3, name) for name in ("obq", "gptq", "admm+polish")},
     }
     found: list[Row] = []
-    for d in (144, 288, 576, 1152):
+    for d in (144, 288, 576, 1152, 2304):
         for rows in (16, 64, 256):
+            if rows * d**3 > 1e12:
+                continue
             layer = synthetic_layer(rows, d)
             for name, solve in solvers.items():
                 with Peak() as peak:
@@ -220,7 +224,7 @@ def _fit(solver: str, found: list[Row], least: float = 0.5) -> Row:
     if len(points) < 4:
         return {}
     shape = np.array([[1.0, math.log(row["rows"]), math.log(row["d"])] for row in points])
-    for what in ("seconds", "processor_seconds"):
+    for what in ("seconds", "processor_seconds", "peak_grew_bytes"):
         (_, a, b), *_ = np.linalg.lstsq(shape, np.log([row[what] for row in points]), rcond=None)
         fit |= {f"{what}_by_rows": round(float(a), 2), f"{what}_by_d": round(float(b), 2)}
     print(", ".join(f"{key} {value}" for key, value in fit.items()))
@@ -248,9 +252,12 @@ def rank_one_loop(W: Tensor, inverse: Tensor) -> Tensor:
 
 
 class Peak:
-    """How far the process's resident memory rose above where it began, looked at every 10 ms; Linux only."""
+    """How far the process's resident memory rose above where it began, looked at every 10 ms; Linux with glibc only."""
 
     def __enter__(self) -> Peak:
+        # What earlier runs freed and malloc still holds would be used again, and not be seen.
+        gc.collect()
+        ctypes.CDLL(None).malloc_trim(0)
         self._first = self._most = _resident()
         self._over = threading.Event()
         self._thread = threading.Thread(target=self._watch)

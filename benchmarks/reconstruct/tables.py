@@ -110,9 +110,11 @@ def cost() -> str:
         parts.append(title + table(["", "seconds", "times ours", "memory", "same order"], body))
     fitted = RESULTS / "cost.json"
     if fitted.exists():
-        fits = [row for row in json.loads(fitted.read_text())["results"] if "seconds_by_d" in row]
-        body = [[f"`{r['solver']}`", f"{r['seconds_by_rows']:.2f}", f"{r['seconds_by_d']:.2f}"] for r in fits]
-        parts.append("Seconds as rows^a · d^b, fitted where they exceed 0.1 s (d = 144 to 1152, 16 to 256 rows):\n\n" + table(["solver", "a", "b"], body))  # fmt: skip
+        found = json.loads(fitted.read_text())["results"]
+        fits, rows = ([row for row in found if ("seconds_by_d" in row) == fit] for fit in (True, False))
+        large = {row["solver"]: row for row in rows if (row["rows"], row["d"]) == (256, 1152)}
+        body = [[f"`{r['solver']}`", f"{r['seconds_by_rows']:.2f}", f"{r['seconds_by_d']:.2f}", f"{large[r['solver']]['seconds']:.1f}", f"{large[r['solver']]['peak_grew_bytes'] / 2**20:.0f} MiB"] for r in fits]  # fmt: skip
+        parts.append(f"Seconds as rows^a · d^b, fitted where they exceed 0.5 (d = 144 to {max(r['d'] for r in rows)}, 16 to 256 rows):\n\n" + table(["solver", "a", "b", "seconds at 256 x 1152", "peak memory grew"], body))  # fmt: skip
     whole = lines("cost")
     if whole:
         body = [[r["subject"], f"`{r['solver']}`", str(r["layers"]), f"{r['seconds'] / 60:.1f}", f"{r['processor_seconds'] / 60:.1f}", f"{r['peak_bytes'] / 1e9:.1f} GB", str(r["threads"])] for r in whole]  # fmt: skip
