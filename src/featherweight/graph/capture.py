@@ -86,7 +86,7 @@ def _plain(model: nn.Module) -> nn.Module:
             # A copy shares the class that torch made for the original, and removal takes the property off that class.
             kind = type(module)
             module.__class__ = type(kind.__name__, kind.__bases__, dict(vars(kind)))
-            module.parametrizations.eval()  # a power iteration stays where it is
+            module.parametrizations.eval()  # type: ignore[union-attr]  # a power iteration stays where it is
             for name in list(module.parametrizations):  # type: ignore[arg-type]
                 parametrize.remove_parametrizations(module, name, leave_parametrized=True)
         for hook in _old_weight_norms(module):
