@@ -146,6 +146,8 @@ def compressed(subject: Subject, calibration: list[Any], method: fw.Reconstruct)
         "zeros": sum(int((p == 0).sum()) for p in weights) / sum(p.numel() for p in weights),
         "layers": len(layers),
         "layer_errors": {layer["name"]: float(f"{layer['error']:.4g}") for layer in layers},
+        "layer_shapes": {layer["name"]: [layer["rows"], layer["d"]] for layer in layers},
+        "layer_solvers": {layer["name"]: layer["solver"] for layer in layers},
         "texts": [event["text"] for event in events if event["kind"] == "message"],
     }
 

@@ -100,6 +100,25 @@ def ratio(rows: list[Row], base: str, solver: str, case: str) -> str:
     return "" if math.isnan(error) else f"{error:.3f} ({seconds:.2f})"
 
 
+def wide() -> str:
+    """Of layers that were solved in blocks the held-out errors over SparseGPT's on the same blocks."""
+    found = [row for row in lines("metric") if any("blocks" in how for how in row.get("layer_solvers", {}).values())]
+    methods = [m for m in dict.fromkeys(row["method"] for row in found) if m != "SparseGPT"]
+    seen = {(row["subject"], row["case"], row["method"]): row["layer_errors"] for row in found}
+    body = []
+    for row in found:
+        if row["method"] != "SparseGPT":
+            continue
+        for layer, how in row["layer_solvers"].items():
+            rows, d = row["layer_shapes"][layer]
+            least = row["layer_errors"][layer]
+            others = [seen.get((row["subject"], row["case"], method), {}).get(layer) for method in methods]
+            cells = ["" if other is None else f"{other / least:.3f}" for other in others]
+            if "blocks" in how:
+                body.append([row["subject"], row["case"], f"{layer} {rows}x{d}", f"{least:.2g}", *cells])
+    return table(["network", "", "layer", "error by SparseGPT", *(f"{method}, over it" for method in methods)], body)
+
+
 def cost() -> str:
     parts = []
     speed = RESULTS / "speed.json"
@@ -159,6 +178,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "metric": metric,
     "output": output,
     "layers": layers,
+    "wide": wide,
     "cost": cost,
     "training": training,
     "database": database,
