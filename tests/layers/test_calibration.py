@@ -9,7 +9,7 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from featherweight.errors import DataError
-from featherweight.layers.calibration import Calibration, draw, size_of
+from featherweight.layers.calibration import Calibration, draw, numbered, size_of
 from featherweight.task import Task
 
 
@@ -29,6 +29,17 @@ def test_whole_batches_up_to_the_number_asked_for_and_a_share_set_apart() -> Non
     assert sorted(fit + held_out) == list(range(32))
     assert held_out != list(range(24, 32)), "held-out batches are spread, not the last ones"
     assert drawn.notes == ()
+
+
+def test_batches_know_their_numbers_in_the_loader() -> None:
+    data = [torch.full((4,), float(i)) for i in range(10)]
+    drawn = draw(task(data), samples=30, held_out=0.4, seed=0)
+    for part in (drawn.fit, drawn.held_out):
+        assert [(number, int(batch[0])) for number, batch in numbered(part)] == [(n, n) for n in part.numbers]
+    assert sorted(drawn.fit.numbers + drawn.held_out.numbers) == list(range(8))
+    cut = draw(task(data[:1]), samples=4, held_out=0.4, seed=0)
+    assert cut.fit.numbers == cut.held_out.numbers == (0,)
+    assert list(numbered(iter("ab"))) == [(0, "a"), (1, "b")]
 
 
 def test_one_batch_is_cut_in_two_whatever_its_form() -> None:

@@ -505,11 +505,12 @@ def test_missing_and_empty_data_are_refused() -> None:
     failing(static, linear([]), DataError, "Task.calibration is empty")
 
 
-@pytest.mark.parametrize("bad", [math.nan, math.inf])
-def test_activations_that_are_not_finite_name_layer_and_batch(bad: float) -> None:
+@pytest.mark.parametrize(("number", "bad"), [(0, math.nan), (2, math.inf), (4, math.nan)])
+def test_activations_that_are_not_finite_name_layer_and_batch(number: int, bad: float) -> None:
     data = [torch.randn(4, 4) for _ in range(5)]
-    data[1][2, 3] = bad
-    failing(static, linear(data), NumericalError, "0 reads NaN or infinity in batch 1 of the calibration data")
+    data[number][2, 3] = bad
+    method = lambda: fw.Quantize(activations="static", held_out=0.5)  # noqa: E731  # batches 1 and 3
+    failing(method, linear(data), NumericalError, f"0 reads NaN or infinity in batch {number} of the calibration data")
 
 
 def test_weights_that_are_not_finite_are_named() -> None:

@@ -223,6 +223,17 @@ def test_an_interrupted_walk_leaves_the_model_as_it_was() -> None:
     assert same(model, task.model)
 
 
+@pytest.mark.parametrize("bad", range(6))
+def test_activations_that_are_not_finite_name_layer_and_the_loaders_batch(bad: int) -> None:
+    """Whether it was drawn to solve on or to judge by: no number of an inner list, which a user could not look up."""
+    task = make_task()
+    task.calibration[bad][3, 0, 0, 0] = torch.nan
+    model = copy.deepcopy(task.model)
+    with pytest.raises(NumericalError, match=rf"^stem: .* in batch {bad} of"):
+        fw.Reconstruct(0.5, held_out=0.5)(model, task, fw.Stage())
+    assert same(model, task.model)
+
+
 def test_fewer_samples_than_inputs_are_damped_and_said() -> None:
     task = make_task(calibration=[x[:1, :, :3, :3] for x in batches(2)])
     model, events = run(fw.Reconstruct(0.5, layers=["body"], damping=0.0, targets="independent", correct=()), task)

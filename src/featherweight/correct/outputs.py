@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from featherweight.correct.surroundings import evaluation
 from featherweight.errors import DataError, NumericalError, OptionError
+from featherweight.layers import numbered
 from featherweight.task import describe
 
 __all__ = [
@@ -53,7 +54,7 @@ def output_error(model: nn.Module, reference: nn.Module, batches: Iterable[Any],
     errors: dict[str, float] = {}
     energies: dict[str, float] = {}
     with evaluation(model, reference), torch.no_grad():
-        for i, batch in enumerate(check_batches(batches, "held-out")):
+        for i, batch in numbered(check_batches(batches, "held-out")):
             mask = attention_mask(batch)
             targets = dict(float_tensors(forward(reference, batch)))
             answers = dict(float_tensors(forward(model, batch)))

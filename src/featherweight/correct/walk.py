@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from featherweight.correct.outputs import Forward, attention_mask, check_batches, valid
 from featherweight.correct.surroundings import evaluation, restore, snapshot, undone_on_error
 from featherweight.errors import NumericalError
-from featherweight.layers import unwrap
+from featherweight.layers import numbered, unwrap
 from featherweight.layers.inputs import Call
 
 __all__ = ["Measured", "Moments", "Site", "tokens", "walk"]
@@ -121,8 +121,8 @@ def walk(
     total = len(batches) if isinstance(batches, Sized) else 0
     touched = {id(tensor): tensor for site in sites for tensor in site.tensors}
     with undone_on_error(touched.values()), evaluation(model, reference), torch.no_grad():
-        for i, batch in enumerate(batches):
-            passage.mask, passage.batch = attention_mask(batch), i
+        for i, (number, batch) in enumerate(numbered(batches)):
+            passage.mask, passage.batch = attention_mask(batch), number
             for whose, run in ((reference, passage.learn), (model, passage.follow)):
                 hooks = run()
                 try:

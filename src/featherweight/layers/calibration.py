@@ -8,7 +8,8 @@ in each pass, let held-out samples slip among the others, and make a resumed run
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping
+import itertools
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -16,15 +17,35 @@ from torch import Tensor
 
 from featherweight.task import Task, batches, tensors_in
 
-__all__ = ["Calibration", "draw"]
+__all__ = ["Batches", "Calibration", "draw", "numbered"]
+
+
+class Batches(tuple[Any, ...]):
+    """Some of a loader's batches, and their `numbers` there, from 0: what an error has to name."""
+
+    numbers: tuple[int, ...]
+
+    def __new__(cls, found: Sequence[tuple[int, Any]]) -> Batches:
+        made = super().__new__(cls, (batch for _, batch in found))
+        made.numbers = tuple(number for number, _ in found)
+        return made
+
+
+def numbered(batches: Iterable[Any]) -> Iterator[tuple[int, Any]]:
+    """Each batch with its number in the loader that it comes from; those of any other iterable are counted.
+
+    >>> list(numbered(Batches([(1, "b"), (3, "d")]))), list(numbered(["a", "b"]))
+    ([(1, 'b'), (3, 'd')], [(0, 'a'), (1, 'b')])
+    """
+    return zip(batches.numbers if isinstance(batches, Batches) else itertools.count(), batches, strict=False)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Calibration:
     """Batches to solve on (`fit`) and batches to judge by (`held_out`, maybe none), with their samples counted."""
 
-    fit: tuple[Any, ...]
-    held_out: tuple[Any, ...]
+    fit: Batches
+    held_out: Batches
     samples: int
     held_out_samples: int
     notes: tuple[str, ...] = ()
@@ -44,27 +65,28 @@ def draw(task: Task, samples: int, held_out: float, seed: int) -> Calibration:
     (8, 2)
     """
     name = "train" if task.calibration is None else "calibration"
-    found: list[Any] = []
+    found: list[tuple[int, Any]] = []
     count = 0
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        for batch in batches(getattr(task, name), name):
-            found.append(batch)
+        for number, batch in enumerate(batches(getattr(task, name), name)):
+            found.append((number, batch))
             count += size_of(batch)
             if count >= samples:
                 break
     notes = [f"Task.{name} held {count} samples of the {samples} asked for."] if count < samples else []
-    if held_out and len(found) == 1 and (first := _first_axis(found[0])) is not None and first > 1:
+    if held_out and len(found) == 1 and (first := _first_axis(found[0][1])) is not None and first > 1:
         cut = max(1, round(first * (1 - held_out)))
-        found = [_cut(found[0], slice(0, cut)), _cut(found[0], slice(cut, first))] if cut < first else found
+        parts = [slice(0, cut), slice(cut, first)] if cut < first else [slice(0, first)]
+        found = [(0, _cut(found[0][1], part)) for part in parts]
     aside = _spread(len(found), held_out)
     if held_out and not aside:
         notes.append(
             f"One batch of {count} samples cannot be cut in two, so nothing is held out: what is kept is judged on the "
             "samples that it was solved on. Give smaller batches."
         )
-    fit = tuple(batch for i, batch in enumerate(found) if i not in aside)
-    judges = tuple(batch for i, batch in enumerate(found) if i in aside)
+    fit = Batches([one for i, one in enumerate(found) if i not in aside])
+    judges = Batches([one for i, one in enumerate(found) if i in aside])
     return Calibration(fit, judges, sum(map(size_of, fit)), sum(map(size_of, judges)), tuple(notes))
 
 

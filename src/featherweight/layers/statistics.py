@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from featherweight.errors import DataError, OptionError
+from featherweight.layers.calibration import numbered
 from featherweight.layers.calls import Identities, Take, Use, mask_of, quiet, uses, watch
 from featherweight.layers.inputs import Input
 from featherweight.layers.problems import Problem
@@ -167,20 +168,21 @@ def _sums(problems: Sequence[Problem]) -> dict[str, list[Sums | Counts]]:
 def stream(run: _Run, batches: Iterable[Any], forward: Forward) -> None:
     # A forward may end once all that is wanted was seen: known only where the first batch used each weight just once.
     once = once_in_reference = False
-    index = -1
-    for index, batch in enumerate(batches):
+    first = True
+    for number, batch in numbered(batches):
         mask = mask_of(batch)
         answers: Answers = {}
         if run.reference is not None and run.twins:
             seen = functools.partial(forward, run.reference, batch)
-            where = f"batch {index} of the reference"
+            where = f"batch {number} of the reference"
             calls = watch(run.twins, _answer(run, answers), seen, where, mask, once_in_reference)
-            once_in_reference = once_in_reference if index else all(calls[use] == 1 for use in run.twins)
+            once_in_reference = all(calls[use] == 1 for use in run.twins) if first else once_in_reference
         seen = functools.partial(forward, run.model, batch)
-        calls = watch(run.uses, _gather(run, answers), seen, f"batch {index}", mask, once)
-        once = once if index else all(calls[use] == 1 for use in run.uses)
+        calls = watch(run.uses, _gather(run, answers), seen, f"batch {number}", mask, once)
+        once = all(calls[use] == 1 for use in run.uses) if first else once
         _end_of_batch(run, batch)
-    if index < 0:
+        first = False
+    if first:
         raise DataError("The calibration data yielded no batch. Check the data set and drop_last.")
 
 
@@ -275,12 +277,14 @@ def statistics_of(one: Sums | Counts, model: nn.Module) -> Iterator[tuple[str, S
         yield problem.name, Statistics(H, T, energy, one.samples, one.tokens, unpaired=one.unpaired)
 
 
-def call_steps(model: nn.Module, problems: Sequence[Problem], forward: Forward, batch: Any) -> list[list[Problem]]:
+def call_steps(
+    model: nn.Module, problems: Sequence[Problem], forward: Forward, batch: Any, number: int = 0
+) -> list[list[Problem]]:
     """The problems in the order in which one forward first reaches them; those never reached are left out.
 
     Problems that read the very same input are one step, at the place of the first: query, key and value, all groups of
     a convolution, a block's shortcut and its first convolution. So are both weights and directions of one layer of a
-    recurrent module. An attention's projections are one step, its output projection the next.
+    recurrent module. An attention's projections are one step, its output projection the next. `number` is the batch's, for errors.
 
     >>> from featherweight.layers import problems
     >>> model = nn.Sequential(nn.Conv2d(2, 4, 1, groups=2), nn.Flatten(), nn.Linear(4, 3))
@@ -307,7 +311,7 @@ def call_steps(model: nn.Module, problems: Sequence[Problem], forward: Forward, 
                 placed.add(problem.name)
 
     with quiet(model):
-        watch([use for use, _ in wanted], take, lambda: forward(model, batch), "the batch", mask_of(batch), False)
+        watch([use for use, _ in wanted], take, lambda: forward(model, batch), f"batch {number}", mask_of(batch), False)
     return list(steps.values())
 
 

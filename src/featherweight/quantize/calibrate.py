@@ -16,6 +16,7 @@ from torch.nn.utils.rnn import PackedSequence
 
 from featherweight.edits import FakeQuantize, Saturated, apply, saturation
 from featherweight.errors import NumericalError
+from featherweight.layers import numbered
 from featherweight.layers.calls import mask_of, quiet
 from featherweight.layers.inputs import Call
 from featherweight.plan import FakeQuant
@@ -71,7 +72,7 @@ def observe(
     handles = [layer.register_forward_pre_hook(watching(name), with_kwargs=True) for name, layer in layers.items()]
     try:
         with quiet(model):
-            for number, batch in enumerate(batches):
+            for number, batch in numbered(batches):
                 at.update(batch=number, mask=mask_of(batch))
                 forward(model, batch)
     finally:

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from featherweight.layers import Problem, unwrap
+from featherweight.layers import Problem, numbered, unwrap
 from featherweight.layers.calls import Use, mask_of, quiet, uses, watch
 from featherweight.layers.inputs import Input
 
@@ -57,8 +57,8 @@ def hessian_diagonals(
             tokens[problem.name] = tokens.get(problem.name, 0) + one.tokens
 
     with quiet(model):
-        for index, batch in enumerate(batches):
-            watch(wanted, take, lambda: forward(model, batch), f"batch {index}", mask_of(batch), False)  # noqa: B023
+        for number, batch in numbered(batches):
+            watch(wanted, take, lambda: forward(model, batch), f"batch {number}", mask_of(batch), False)  # noqa: B023
     return {name: total * (2 / tokens[name]) for name, total in sums.items() if tokens[name]}
 
 

@@ -23,7 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from featherweight.layers import Problem, Statistics, call_steps, collect, hold, passes, problems
+from featherweight.layers import Problem, Statistics, call_steps, collect, hold, numbered, passes, problems
 from featherweight.layers.calibration import Calibration
 from featherweight.reconstruct.answer import Answer, Want, solve
 from featherweight.reconstruct.shelf import Shelf
@@ -113,7 +113,8 @@ class Walk:
         corrected, room = self.targets == "corrected", self.budget_bytes // 4
         if self.targets == "independent":
             return passes(chosen, room, reference=False)
-        steps = call_steps(self.model, chosen, self.forward, self.data.fit[0])
+        number, batch = next(numbered(self.data.fit))
+        steps = call_steps(self.model, chosen, self.forward, batch, number)
         return [part for step in steps for part in passes(step, room, reference=corrected)]
 
     def collected(
