@@ -8,6 +8,7 @@ python -m tests.engine.builds aarch64            # another processor: compiled, 
 
 import contextlib
 import fcntl
+import itertools
 import os
 import shutil
 import subprocess
@@ -82,12 +83,14 @@ def preloaded(kind: str) -> str:
 def sanitize() -> None:
     for kind in SANITIZERS:
         print(f"{kind}: building", flush=True)
-        targets = (*TESTS, "_core", "featherweight_engine")
+        targets = (*TESTS, "test_files", "_core", "featherweight_engine")
         python = ["-DFEATHERWEIGHT_PYTHON=ON", f"-DPython_EXECUTABLE={sys.executable}"]
         folder = sanitized(kind, *python, targets=targets)
         for test in TESTS:
             print(f"{kind}: {test}", flush=True)
             call(folder / test, TSAN_OPTIONS="halt_on_error=1")
+        if kind == "address":
+            damaged(folder)
         package = folder / "python" / "featherweight_engine"
         package.mkdir(parents=True, exist_ok=True)
         for part in [*folder.glob("_core*.so"), *(ENGINE / "python" / "featherweight_engine").glob("*.py")]:
@@ -105,6 +108,13 @@ def sanitize() -> None:
         print(f"{kind}: tests/engine", flush=True)
         tests = [sys.executable, "-m", "pytest", "-q", "-n", "2", "--dist", "loadfile", "tests/engine"]
         subprocess.run([*steady, *tests], cwd=ROOT, env=environment, check=True)
+
+
+def damaged(folder: Path) -> None:
+    """Damaged and hostile files through the engine of a build, in C++: Python's own memory is no part of it."""
+    with tempfile.TemporaryDirectory() as files:
+        hostile.write(Path(files), itertools.islice(hostile.hostile(2, 500), 500))
+        print(call(folder / "test_files", files, ASAN_OPTIONS="allocator_may_return_null=1"), end="", flush=True)
 
 
 def fuzz(seconds: int) -> None:
