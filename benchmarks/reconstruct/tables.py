@@ -62,9 +62,20 @@ def metric() -> str:
 
 
 def output() -> str:
-    return by_method(
+    """The table, and ours over the paper's two solvers in one number."""
+    seen = {(row["subject"], row["case"], row["method"]): row.get("output_error") for row in lines("metric")}
+    over = {
+        (subject, case): ours / theirs
+        for (subject, case, method), theirs in seen.items()
+        if method in ("ExactOBS", "OBQ") and (ours := seen.get((subject, case, "ours")))
+    }
+    mean, networks = statistics.geometric_mean(over.values()), len({subject for subject, _ in over})
+    lower = sum(one < 1 for one in over.values())
+    sentence = f"Ours over that of ExactOBS or OBQ, in {len(over)} settings of {networks} networks: {mean:.2f} in the geometric mean, lower in {lower}."
+    errors = by_method(
         lambda row: f"{row['output_error']:.2g}" if row["output_error"] < 100 else f"{row['output_error']:.0f}"
     )
+    return f"{sentence}\n\n{errors}"
 
 
 def layers() -> str:
@@ -132,8 +143,14 @@ def cost() -> str:
         found = json.loads(fitted.read_text())["results"]
         fits, rows = ([row for row in found if ("seconds_by_d" in row) == fit] for fit in (True, False))
         large = {row["solver"]: row for row in rows if (row["rows"], row["d"]) == (256, 1152)}
-        body = [[f"`{r['solver']}`", f"{r['seconds_by_rows']:.2f}", f"{r['seconds_by_d']:.2f}", f"{large[r['solver']]['seconds']:.1f}", f"{large[r['solver']]['peak_grew_bytes'] / 2**20:.0f} MiB"] for r in fits]  # fmt: skip
-        parts.append(f"Seconds as rows^a · d^b, fitted where they exceed 0.5 (d = 144 to {max(r['d'] for r in rows)}, 16 to 256 rows):\n\n" + table(["solver", "a", "b", "seconds at 256 x 1152", "peak memory grew"], body))  # fmt: skip
+        body = []
+        for fit in fits:
+            one = large[fit["solver"]]
+            exponents = [f"{fit[f'{what}_by_{axis}']:.2f}" for what in ("processor_seconds", "peak_grew_bytes") for axis in ("rows", "d")]  # fmt: skip
+            figures = [f"{one['processor_seconds']:.1f}", f"{one['peak_grew_bytes'] / 2**20:,.0f} MiB"]
+            body.append([f"`{fit['solver']}`", str(fit["points"]), *exponents, *figures])
+        head = ["solver", "shapes", "seconds: a", "b", "memory: a", "b", "seconds at 256 x 1152", "memory there"]
+        parts.append(f"Processor seconds and peak memory as rows^a · d^b, fitted to the shapes that take more than half a second (of 16 to 256 rows and d = 144 to {max(row['d'] for row in rows)}):\n\n" + table(head, body))  # fmt: skip
     whole = lines("cost")
     if whole:
         body = [[r["subject"], f"`{r['solver']}`", str(r["layers"]), f"{r['seconds'] / 60:.1f}", f"{r['processor_seconds'] / 60:.1f}", f"{r['peak_bytes'] / 1e9:.1f} GB", str(r["threads"])] for r in whole]  # fmt: skip
