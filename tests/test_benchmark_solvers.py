@@ -47,6 +47,29 @@ def test_ratios_are_geometric_means_over_layers_where_both_lose_something() -> N
     assert tables.ratio(found, "base", "best", "3 bit") == ""
 
 
+def test_tables_say_how_ours_compares_and_layers_in_blocks_are_held_against_sparsegpt(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def compressed(case: str, method: str, output: float, *errors: float) -> dict[str, object]:
+        found = {"subject": "net", "case": case, "method": method, "metric": 0.5, "output_error": output}
+        found |= {"layer_errors": dict(zip(("wide", "narrow"), errors, strict=True))}
+        found |= {"layer_shapes": {"wide": [8, 9000], "narrow": [8, 90]}}
+        return found | {"layer_solvers": {"wide": "any, 5 blocks", "narrow": "any"}}
+
+    dense = {"subject": "net", "case": "dense", "method": "dense", "metric": 0.6, "name": "accuracy", "n": 10}
+    some = [compressed("80%", "SparseGPT", 0.9, 0.4, 0.4), compressed("80%", "magnitude", 1.0, 0.8, 0.2)]
+    rest = [compressed("80%", "ExactOBS", 0.4, 0.3, 0.3), compressed("80%", "ours", 0.1, 0.1, 0.4)]
+    bits = [compressed("2 bit", "OBQ", 0.1, 0.3, 0.3), compressed("2 bit", "ours", 0.4, 0.1, 0.4)]
+    monkeypatch.setattr(tables, "RESULTS", tmp_path)
+    path = tmp_path / "metric.jsonl"
+    path.write_text("".join(json.dumps(one) + "\n" for one in [dense, *some]))
+    assert not tables.output().startswith("Ours over")
+    path.write_text("".join(json.dumps(one) + "\n" for one in [dense, *some, *rest, *bits]))
+    assert "in 2 settings of 1 networks: 1.00 in the geometric mean, lower in 1." in tables.output()
+    *_, only = tables.wide().splitlines()
+    assert only == "| net | 80% | wide 8x9000 | 0.4 | 2.000 | 0.750 | 0.250 |  |"
+
+
 @pytest.mark.parametrize("bearable", [-44, -31, -10, None])
 def test_halving_finds_what_trying_all_finds(bearable: int | None, monkeypatch: pytest.MonkeyPatch) -> None:
     """A coder whose values say how coarse they are, and whose bytes are fewer the coarser."""

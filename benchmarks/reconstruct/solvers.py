@@ -202,7 +202,7 @@ def cost(options: argparse.Namespace) -> list[Row]:
     found: list[Row] = []
     for d in (144, 288, 576, 1152, 2304):
         for rows in (16, 64, 256):
-            if rows * d**3 > 1e12:
+            if rows * d**3 > 1e12:  # minutes each
                 continue
             layer = synthetic_layer(rows, d)
             for name, solve in solvers.items():

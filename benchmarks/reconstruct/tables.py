@@ -69,12 +69,14 @@ def output() -> str:
         for (subject, case, method), theirs in seen.items()
         if method in ("ExactOBS", "OBQ") and (ours := seen.get((subject, case, "ours")))
     }
-    mean, networks = statistics.geometric_mean(over.values()), len({subject for subject, _ in over})
-    lower = sum(one < 1 for one in over.values())
-    sentence = f"Ours over that of ExactOBS or OBQ, in {len(over)} settings of {networks} networks: {mean:.2f} in the geometric mean, lower in {lower}."
     errors = by_method(
         lambda row: f"{row['output_error']:.2g}" if row["output_error"] < 100 else f"{row['output_error']:.0f}"
     )
+    if not over:
+        return errors
+    mean, networks = statistics.geometric_mean(over.values()), len({subject for subject, _ in over})
+    lower = sum(one < 1 for one in over.values())
+    sentence = f"Ours over that of ExactOBS or OBQ, in {len(over)} settings of {networks} networks: {mean:.2f} in the geometric mean, lower in {lower}."
     return f"{sentence}\n\n{errors}"
 
 
@@ -122,11 +124,11 @@ def wide() -> str:
             continue
         for layer, how in row["layer_solvers"].items():
             rows, d = row["layer_shapes"][layer]
-            least = row["layer_errors"][layer]
+            base = row["layer_errors"][layer]
             others = [seen.get((row["subject"], row["case"], method), {}).get(layer) for method in methods]
-            cells = ["" if other is None else f"{other / least:.3f}" for other in others]
+            cells = ["" if other is None else f"{other / base:.3f}" for other in others]
             if "blocks" in how:
-                body.append([row["subject"], row["case"], f"{layer} {rows}x{d}", f"{least:.2g}", *cells])
+                body.append([row["subject"], row["case"], f"{layer} {rows}x{d}", f"{base:.2g}", *cells])
     return table(["network", "", "layer", "error by SparseGPT", *(f"{method}, over it" for method in methods)], body)
 
 

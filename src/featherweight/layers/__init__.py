@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Layers as matrices: which tensors are weights, how each reads as rows x columns, the problems they pose on data."""
 
-from featherweight.layers.calibration import Batches, Calibration, draw, numbered
+from featherweight.layers.calibration import Calibration, draw, numbered
 from featherweight.layers.held import Held, hold
 from featherweight.layers.kept import (
     RULES,
@@ -27,7 +27,6 @@ from featherweight.layers.zeros import Zeros, existing_zeros, unwrap
 
 __all__ = [
     "RULES",
-    "Batches",
     "Calibration",
     "Held",
     "Problem",

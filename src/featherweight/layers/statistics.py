@@ -284,7 +284,8 @@ def call_steps(
 
     Problems that read the very same input are one step, at the place of the first: query, key and value, all groups of
     a convolution, a block's shortcut and its first convolution. So are both weights and directions of one layer of a
-    recurrent module. An attention's projections are one step, its output projection the next. `number` is the batch's, for errors.
+    recurrent module. An attention's projections are one step, its output projection the next. `number` is the batch's in
+    its loader, which an error names.
 
     >>> from featherweight.layers import problems
     >>> model = nn.Sequential(nn.Conv2d(2, 4, 1, groups=2), nn.Flatten(), nn.Linear(4, 3))
